@@ -1,0 +1,262 @@
+"""Writes the prompt sets and demonstrations of the quickstart (short reviews) and of arithmetic.
+
+    python benchmarks/make_quickstart_data.py [FOLDER]
+
+The same seed gives the same bytes. The reviews come from a small grammar without recursion, so a
+text's membership in it is decided exactly, by `is_well_formed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+SEED = 7
+NUM_REVIEW_PROMPTS, NUM_REVIEW_EVAL, NUM_REVIEW_DEMONSTRATIONS = 384, 128, 5000
+NUM_SUM_PROMPTS, NUM_SUM_EVAL, NUM_SUM_DEMONSTRATIONS = 1024, 256, 4096
+
+# Most demonstrations are negative or neutral: this is what the campaign has to change.
+MOODS = {"negative": 0.5, "neutral": 0.28, "positive": 0.22}
+
+# What is reviewed: (first words, second words), and how the prompt names it.
+SUBJECTS = {
+    "film": (
+        "Harbor Winter Silver Midnight Paper Northern Hidden Golden Broken Summer Distant Crimson "
+        "Hollow Quiet Burning Last Second Empty Velvet Stolen".split(),
+        "Lights River Garden Letters Train Island Promise Mirror Station Voyage Orchard Bridge "
+        "Signal Summer Tower Shadows".split(),
+    ),
+    "product": (
+        "Alder Birch Cedar Comet Delta Ember Falcon Heron Juniper Lark Maple Meadow Nova Orbit "
+        "Pine Quartz Raven Sable Tundra Willow".split(),
+        "kettle|desk lamp|backpack|toaster|blender|radio|keyboard|tent|coffee grinder|"
+        "alarm clock|office chair|hair dryer|bicycle pump|tool box|rain jacket|garden hose".split(
+            "|"
+        ),
+    ),
+}
+PROMPTS = {
+    "film": "Review of the film {first} {second}:\n",
+    "product": "Review of the {first} {second}:\n",
+}
+
+# Word lists by (kind of subject, mood). Every word has one mood only: `lexicon` relies on it.
+ADJECTIVES = {
+    ("film", "negative"): "dull weak flat clumsy boring lifeless forgettable tiresome "
+    "confusing dreadful",
+    ("film", "neutral"): "ordinary familiar simple quiet average plain modest conventional",
+    ("film", "positive"): "superb brilliant charming delightful wonderful gripping graceful "
+    "moving inventive excellent warm elegant memorable clever",
+    ("product", "negative"): "poor flimsy awkward shoddy ugly unreliable annoying disappointing "
+    "clumsy dreadful",
+    ("product", "neutral"): "ordinary basic plain simple average standard usual modest",
+    ("product", "positive"): "excellent sturdy elegant superb lovely impressive fantastic "
+    "delightful clever wonderful reliable handy beautiful charming",
+}
+VERBS = {
+    "negative": "disliked hated resented".split(),
+    "neutral": "noticed expected remembered".split(),
+    "positive": "loved enjoyed admired liked".split(),
+}
+ASPECTS = {
+    "film": "acting|plot|music|ending|dialogue|pacing|camera work|opening scene|humour|story",
+    "product": "design|build quality|finish|packaging|manual|workmanship|material|colour|casing|"
+    "overall look",
+}
+WHOLES = {"film": ["film", "picture", "drama"], "product": ["product", "choice", "gadget"]}
+AUDIENCES = {
+    "film": ["families", "a rainy evening", "fans of the genre", "most viewers"],
+    "product": ["beginners", "a small home", "daily use", "most people"],
+}
+ADVERBS = ["really", "simply", "quite", "truly"]
+
+# Sentences; {aspect}, {adjective} and the like are drawn anew at each place, {contrast} is an
+# adjective of another mood.
+SENTENCES = [
+    "The {aspect} is {adjective}.",
+    "The {aspect} is {adverb} {adjective}.",
+    "The {aspect} is {adjective} and the {aspect} is {adjective}.",
+    "The {aspect} is {adverb} {adjective}, but the {aspect} is {contrast}.",
+    "The {aspect} and the {aspect} are {adjective}.",
+    "I {verb} the {aspect} and the {aspect}.",
+    "I {verb} the {adjective} {aspect}.",
+    "It is {a_adjective} {whole} for {audience}.",
+    "It is {a_adjective} {whole} whose {aspect} is {adjective}.",
+]
+CLOSINGS = {
+    "negative": [
+        "I would avoid it.",
+        "Nobody should bother with it.",
+        "It wasted my time.",
+    ],
+    "neutral": [
+        "It does the job.",
+        "Others may see it differently.",
+        "Make up your own mind.",
+    ],
+    "positive": [
+        "I recommend it to everyone.",
+        "I would gladly choose it again.",
+        "It deserves every bit of praise.",
+        "It made my day brighter.",
+    ],
+}
+CLOSING_WORDS = {
+    "negative": ["avoid", "bother", "wasted"],
+    "positive": ["recommend", "gladly", "deserves", "praise", "brighter"],
+}
+
+
+def lexicon(mood: str) -> list[str]:
+    """The words that only reviews (or clauses) of this mood contain, sorted."""
+    adjectives = [
+        word for (_, of), words in ADJECTIVES.items() if of == mood for word in words.split()
+    ]
+    return sorted({*adjectives, *VERBS[mood], *CLOSING_WORDS.get(mood, [])})
+
+
+def with_article(adjective: str) -> str:
+    return f"{'an' if adjective[0] in 'aeiou' else 'a'} {adjective}"
+
+
+def expansions(name: str, kind: str, mood: str) -> list[str]:
+    """What may stand at {name} in a sentence of this mood about this kind of subject."""
+    adjectives = ADJECTIVES[kind, mood].split()
+    match name:
+        case "adjective":
+            return adjectives
+        case "a_adjective":
+            return [with_article(adjective) for adjective in adjectives]
+        case "contrast":
+            others = [ADJECTIVES[kind, other].split() for other in MOODS if other != mood]
+            return [adjective for words in others for adjective in words]
+        case "aspect":
+            return ASPECTS[kind].split("|")
+        case "verb":
+            return VERBS[mood]
+        case "adverb":
+            return ADVERBS
+        case "whole":
+            return WHOLES[kind]
+        case "audience":
+            return AUDIENCES[kind]
+    raise KeyError(name)
+
+
+PLACE = re.compile(r"\{(\w+)\}")
+
+
+def write_review(kind: str, rng: random.Random) -> str:
+    """One to three sentences of one mood, no aspect twice, often with a closing sentence."""
+    [mood] = rng.choices(list(MOODS), weights=list(MOODS.values()))
+    used: set[str] = set()
+
+    def draw(place: re.Match[str]) -> str:
+        word = rng.choice([w for w in expansions(place[1], kind, mood) if w not in used])
+        if place[1] in ("aspect", "adjective"):
+            used.add(word)
+        return word
+
+    has_closing = rng.random() < 0.5
+    count = rng.choices([1, 2, 3], weights=[2, 5, 1])[0]
+    sentences = [PLACE.sub(draw, template) for template in rng.sample(SENTENCES, count)]
+    if has_closing:
+        sentences.append(rng.choice(CLOSINGS[mood]))
+    return " ".join(sentences)
+
+
+@cache
+def review_pattern() -> re.Pattern[str]:
+    """The grammar as a regular expression: one to three sentences, then perhaps a closing one.
+
+    All sentences are about one kind of subject. Mood is no part of the grammar: it decides which
+    words a reviewer picks, and "a dull film whose plot is superb" is good English.
+    """
+
+    def alternatives(name: str, kind: str) -> str:
+        words = {word: None for mood in MOODS for word in expansions(name, kind, mood)}
+        return f"(?:{'|'.join(map(re.escape, words))})"
+
+    def sentence(template: str, kind: str) -> str:
+        parts = PLACE.split(template)  # literal, name, literal, name, ..., literal
+        return "".join(
+            alternatives(part, kind) if i % 2 else re.escape(part) for i, part in enumerate(parts)
+        )
+
+    closing = "|".join(re.escape(text) for texts in CLOSINGS.values() for text in texts)
+    bodies = ["|".join(sentence(text, kind) for text in SENTENCES) for kind in SUBJECTS]
+    reviews = "|".join(f"(?:{body})(?: (?:{body})){{0,2}}" for body in bodies)
+    return re.compile(f"(?:{reviews})(?: (?:{closing}))?")
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether the grammar of the reviews can produce exactly this text."""
+    return review_pattern().fullmatch(text) is not None
+
+
+def review_rows(rng: random.Random) -> dict[str, list[dict[str, object]]]:
+    subjects = []
+    for kind, (firsts, seconds) in SUBJECTS.items():
+        pairs = [(first, second) for first in firsts for second in seconds if first != second]
+        subjects += [(kind, first, second) for first, second in pairs]
+    subjects = rng.sample(subjects, NUM_REVIEW_PROMPTS + NUM_REVIEW_EVAL)
+
+    def row(kind: str, first: str, second: str) -> dict[str, object]:
+        prompt = PROMPTS[kind].format(first=first, second=second)
+        return {"prompt": prompt, "kind": kind}
+
+    train, held_out = subjects[:NUM_REVIEW_PROMPTS], subjects[NUM_REVIEW_PROMPTS:]
+    demonstrations: list[dict[str, object]] = []
+    for kind, first, second in rng.choices(train, k=NUM_REVIEW_DEMONSTRATIONS):
+        prompt = PROMPTS[kind].format(first=first, second=second)
+        demonstrations.append({"prompt": prompt, "response": write_review(kind, rng)})
+    return {
+        "quickstart.jsonl": [row(*subject) for subject in train],
+        "quickstart_eval.jsonl": [row(*subject) for subject in held_out],
+        "quickstart_demonstrations.jsonl": demonstrations,
+    }
+
+
+def arithmetic_rows(rng: random.Random) -> dict[str, list[dict[str, object]]]:
+    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    rng.shuffle(sums)
+    train = sums[:NUM_SUM_PROMPTS]
+    held_out = sums[NUM_SUM_PROMPTS : NUM_SUM_PROMPTS + NUM_SUM_EVAL]
+    shown = sums[NUM_SUM_PROMPTS + NUM_SUM_EVAL :][:NUM_SUM_DEMONSTRATIONS]
+
+    def row(a: int, b: int) -> dict[str, object]:
+        return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+
+    return {
+        "arithmetic.jsonl": [row(a, b) for a, b in train],
+        "arithmetic_eval.jsonl": [row(a, b) for a, b in held_out],
+        "arithmetic_demonstrations.jsonl": [
+            {"prompt": f"{a}+{b}=", "response": str(a + b)} for a, b in shown
+        ],
+    }
+
+
+def write_files(folder: Path, *, seed: int = SEED) -> list[Path]:
+    """Writes the six files into `folder` and returns their paths."""
+    files: dict[str, list[dict[str, object]]] = {
+        **review_rows(random.Random(f"{seed} reviews")),
+        **arithmetic_rows(random.Random(f"{seed} arithmetic")),
+    }
+    return [write_jsonl(folder / name, rows) for name, rows in files.items()]
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "prompts")
+    for path in write_files(parser.parse_args().folder):
+        print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")

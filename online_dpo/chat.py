@@ -1,0 +1,109 @@
+"""A chat completion as request, reply, price and fault; no I/O."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from online_dpo.errors import JudgeError
+from online_dpo.records import Message
+
+PICO = 10**12
+"""Picodollars in a dollar: prices per token are whole numbers of them, so that sums are exact."""
+
+Price = tuple[float, float]
+"""Dollars per million tokens, in and out."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """One chat completion. The content is part of the ledger's key; where it is sent to is not."""
+
+    model: str
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float | None = 0.0
+    """None leaves it out, for models that refuse it."""
+    response_format: Mapping[str, Any] | None = None
+    extra_body: Mapping[str, Any] | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the model's answer depends on."""
+        content = asdict(self)
+        del content["base_url"], content["api_key_env"]
+        return content
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    """The model's words. `cached`: they came from the ledger; `refused`: it declined to answer."""
+
+    text: str
+    finish_reason: str
+    model: str
+    tokens_in: int | None
+    tokens_out: int | None
+    refused: bool = False
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The most that a request may use. `price_per_million` None is unknown, which is not free."""
+
+    tokens_in: int
+    tokens_out: int
+    price_per_million: Price | None
+
+    @classmethod
+    def at_most(cls, request: ChatRequest, price_per_million: Price | None) -> Estimate:
+        """A safe bound: a token is at least a byte, and a message adds a few of the template's."""
+        sent = json.dumps(request.content["messages"], ensure_ascii=False)
+        extra = json.dumps([request.response_format, request.extra_body])
+        tokens_in = len(sent.encode(errors="replace")) + len(extra) + 64 * len(request.messages)
+        return cls(tokens_in, request.max_tokens, price_per_million)
+
+    def cost(self, tokens_in: int, tokens_out: int) -> int | None:
+        """Picodollars for that many tokens, or None where the price is unknown."""
+        if self.price_per_million is None:
+            return None
+        per_token = [round(dollars * PICO / 1e6) for dollars in self.price_per_million]
+        return tokens_in * per_token[0] + tokens_out * per_token[1]
+
+    @property
+    def reservation(self) -> int | None:
+        return self.cost(self.tokens_in, self.tokens_out)
+
+
+class CallFault(Exception):
+    """An attempt that gave no reply. `charged` says that it may have been paid for all the same."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retryable: bool,
+        charged: bool,
+        retry_after_s: float | None = None,
+        refused: bool = False,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        self.charged = charged
+        self.retry_after_s = retry_after_s
+        self.refused = refused
+        self.code = code
+
+
+class RequestRefused(JudgeError):
+    """The server understood the request and will not serve it (400, 422): ask in another way."""
+
+    def __init__(self, message: str, *, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code

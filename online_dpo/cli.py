@@ -1,0 +1,220 @@
+"""The command line: reads arguments, calls the library, prints; no torch, no file formats."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from online_dpo.errors import CampaignError
+from online_dpo.files import as_disk_error
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Multi-round online and iterative DPO: sample, judge, pair, train, evaluate, promote.",
+)
+
+ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or a shipped config's name.")]
+RunArgument = Annotated[Path, typer.Argument(help="The run directory.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: train.beta=0.05")
+]
+RunDirOption = Annotated[Path | None, typer.Option(help="Where the run is written.")]
+TrustOption = Annotated[
+    list[str] | None, typer.Option("--trust", help="Code the config names: FIELD=VALUE")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Run a command; every end but 0 prints its cause, what is safe and how to go on."""
+    debug = "--debug" in sys.argv
+    sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except CampaignError as error:
+        _fail(error, debug)
+    except OSError as error:
+        fault = as_disk_error(error)
+        if fault is None:
+            raise
+        _fail(fault, debug)
+
+
+@app.command()
+def run(config: ConfigArgument, overrides: SetOption = None, run_dir: RunDirOption = None) -> None:
+    """Start a campaign and see it to its end."""
+    from online_dpo.campaign import start, with_run_dir
+    from online_dpo.config_file import load_config
+    from online_dpo.progress import make_progress
+
+    loaded = load_config(config, overrides or ())
+    if run_dir is not None:
+        loaded = with_run_dir(loaded, run_dir)
+    _finish(start(loaded, progress=make_progress()))
+
+
+@app.command()
+def resume(
+    run_dir: RunArgument,
+    overrides: SetOption = None,
+    accept_change: Annotated[
+        bool, typer.Option(help="Let --set change what later rounds do.")
+    ] = False,
+    trust: TrustOption = None,
+) -> None:
+    """Go on with a campaign wherever it was interrupted."""
+    from online_dpo.campaign import resume as resume_campaign
+    from online_dpo.progress import make_progress
+
+    campaign = resume_campaign(
+        run_dir,
+        overrides=overrides or (),
+        accept_change=accept_change,
+        trust=trust or (),
+        progress=make_progress(),
+    )
+    _finish(campaign)
+
+
+@app.command()
+def status(
+    run_dir: RunArgument,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option(help="Show it again every two seconds.")] = False,
+) -> None:
+    """Where a campaign stands, round by round."""
+    from online_dpo.terminal import print_status
+    from online_dpo.views import Campaign
+
+    while True:
+        campaign = Campaign(run_dir)
+        if as_json:
+            typer.echo(json.dumps(campaign.status(), indent=2))
+        else:
+            print_status(campaign)
+        if not watch or campaign.state != "running":
+            return
+        time.sleep(2.0)
+
+
+@app.command()
+def show(run_dir: RunArgument, pair_id: str) -> None:
+    """One preference: its prompt, both responses, what the judge said."""
+    from online_dpo.terminal import print_pair
+    from online_dpo.views import Campaign
+
+    print_pair(Campaign(run_dir), pair_id)
+
+
+@app.command()
+def report(
+    run_dir: RunArgument, out: Annotated[Path | None, typer.Option(help="The HTML file.")] = None
+) -> None:
+    """Write the campaign's report, one self-contained HTML file."""
+    from online_dpo.report.build import build_report
+    from online_dpo.views import Campaign
+
+    typer.echo(build_report(Campaign(run_dir), out))
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="The round; the last finished one if unset.")
+    ] = None,
+) -> None:
+    """Write the policy as a transformers folder and the preferences as JSONL and parquet."""
+    from online_dpo.export import export_campaign
+    from online_dpo.views import Campaign
+
+    for path in export_campaign(Campaign(run_dir), out, round_number):
+        typer.echo(path)
+
+
+@app.command()
+def validate(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Check a config without starting it."""
+    from online_dpo.config_file import load_config
+    from online_dpo.preflight import check_config
+
+    loaded = load_config(config, overrides or ())
+    check_config(loaded.config)
+    typer.echo(f"{loaded.source} is valid.")
+
+
+@app.command()
+def plan(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """What a config would do: rounds, samples, judge calls, sizes."""
+    from online_dpo.config_file import load_config
+    from online_dpo.preflight import check_config, describe
+
+    loaded = load_config(config, overrides or ())
+    check_config(loaded.config)
+    typer.echo(describe(loaded.config))
+
+
+@app.command()
+def schema() -> None:
+    """The config's JSON schema, for editors."""
+    from online_dpo.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="The file to write.")] = Path("campaign.yaml"),
+) -> None:
+    """Write a config to start from."""
+    from online_dpo.errors import ConfigError
+    from online_dpo.resources import find_data
+
+    if out.exists():
+        raise ConfigError(f"{out} exists already; name another file.")
+    out.write_text(find_data("quickstart.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"Wrote {out}. Next: online-dpo validate {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, and the command that mends it."""
+    from online_dpo.doctor import diagnose, render
+
+    findings = diagnose()
+    typer.echo(render(findings))
+    if any(finding.status == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _finish(campaign: Any) -> None:
+    """The end of `run` and `resume`: the table, and where to look next."""
+    from online_dpo.terminal import print_summary
+
+    print_summary(campaign)
+
+
+def _fail(error: CampaignError, debug: bool) -> None:
+    if debug or error.exit_code == 1:
+        traceback.print_exc()
+    say: Callable[[str], None] = lambda text: typer.echo(text, err=True)  # noqa: E731
+    say(f"error: {error.message}")
+    if error.safe:
+        say(f"safe: {error.safe}")
+    if error.remedy:
+        say(f"to go on: {error.remedy}")
+    raise SystemExit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

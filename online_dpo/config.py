@@ -1,0 +1,421 @@
+"""The config of a campaign: one pydantic tree, every field bounded and explained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the tree; unknown keys are refused, docstrings describe fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelInit(Section):
+    """A small model made on the spot, its byte-level BPE trained on the demonstrations."""
+
+    architecture: Literal["llama", "qwen2"] = "llama"
+    """The transformers architecture."""
+    vocab_size: Annotated[int, Field(ge=258, le=262144)] = 1024
+    """Entries of the tokenizer, the special tokens included."""
+    hidden_size: Count = 128
+    """Width of the residual stream."""
+    intermediate_size: Count = 344
+    """Width of the MLP."""
+    num_layers: Count = 4
+    """Transformer blocks."""
+    num_heads: Count = 4
+    """Attention heads; must divide hidden_size."""
+    num_kv_heads: Count | None = None
+    """Key/value heads; num_heads where unset."""
+    max_length: Annotated[int, Field(ge=16)] = 256
+    """Longest sequence in tokens, prompt and response together."""
+    tie_embeddings: bool = False
+    """Whether the output projection shares the input embedding's weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelInit:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """Where policy 0 comes from: `path` or `init`."""
+
+    path: str | None = None
+    """A local folder or a hub id of a causal language model with safetensors weights."""
+    revision: str | None = None
+    """The hub revision; resolved to a commit and pinned when the campaign starts."""
+    init: ModelInit | None = None
+    """The architecture of a model to make, for machines without weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights of saved policies; small updates vanish in bfloat16's rounding."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation in the trainer and the transformers sampler."""
+    chat_template: str | None = None
+    """A file with a chat template that replaces the tokenizer's."""
+    trust_remote_code: bool = False
+    """Whether the model's own Python files may run."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give exactly one of model.path and model.init")
+        if self.revision is not None and self.path is None:
+            raise ValueError("model.revision needs model.path")
+        return self
+
+
+class PromptSource(Section):
+    """One set of prompts."""
+
+    path: str
+    """A .jsonl or .parquet file, or the name of a dataset that `datasets` loads."""
+    name: str | None = None
+    """How tables and evaluations call it; the file's stem where unset."""
+    weight: Positive = 1.0
+    """Relative share of this source in a round's prompts."""
+    split: str = "train"
+    """The split, where `path` names a dataset."""
+    prompt_field: str = "prompt"
+    """The column with the prompt: a string or a list of messages."""
+    answer_field: str | None = None
+    """A column whose answers join the sampled candidates, marked by source."""
+
+
+class PromptsConfig(Section):
+    """What the policy is asked."""
+
+    train: Annotated[list[PromptSource], Field(min_length=1)]
+    """Sets that rounds draw from."""
+    eval: list[PromptSource] = []
+    """Held-out sets; never sampled for training."""
+    holdout: Annotated[int, Field(ge=0)] = 0
+    """Prompts taken from the training sets for evaluation, by seed, where `eval` is empty."""
+    max_tokens: Count = 1024
+    """Longest prompt in tokens; longer ones are reported and skipped."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on demonstrations before the first round."""
+
+    demonstrations: str
+    """A .jsonl or .parquet file or dataset name with columns `prompt` and `response`."""
+    epochs: Positive = 1.0
+    """Passes over the demonstrations."""
+    learning_rate: Positive = 2e-5
+    """Peak learning rate."""
+    batch_size: Count = 32
+    """Demonstrations an optimizer step."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup: Share = 0.1
+    """Share of the steps spent warming up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+
+
+class Endpoint(Section):
+    """A vLLM server that answers for the policy."""
+
+    url: str
+    """Base URL, e.g. http://gpu1:8000/v1."""
+    model: str = "policy"
+    """The served model's name."""
+    reload_url: str | None = None
+    """POSTed {"path": FOLDER} to make a round's policy the served one."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key."""
+
+
+class AnswerSource(Section):
+    """A second, usually stronger model whose answers join the candidates."""
+
+    url: str
+    """Base URL of an OpenAI-compatible API."""
+    model: str
+    """The model's name there."""
+    n: Count = 1
+    """Answers for each prompt."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    price_per_million: tuple[float, float] = (0.0, 0.0)
+    """Dollars per million tokens, in and out."""
+
+
+class SamplingConfig(Section):
+    """How responses are drawn from the policy."""
+
+    sampler: Literal["auto", "vllm", "transformers", "openai_server"] = "auto"
+    """auto: vllm where it finds a GPU, transformers otherwise."""
+    n: Count = 8
+    """Responses for each prompt."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus mass; 1 is off."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Most likely tokens to draw from; 0 is off."""
+    max_new_tokens: Count = 512
+    """Longest response in tokens."""
+    stop: list[str] = []
+    """Strings that end a response; left out of its text, kept in its tokens."""
+    strip_thinking: bool = False
+    """Whether the judge sees the text after </think> only."""
+    prompts_per_shard: Count = 256
+    """Prompts written, committed and labelled together: the unit of resume."""
+    batch_size: Count = 256
+    """Sequences that the transformers sampler generates at once; halved when memory runs out."""
+    devices: list[int] | None = None
+    """GPUs of the sampler; None takes what compute.layout gives."""
+    engine: dict[str, Any] = {}
+    """Further arguments for vLLM's engine, e.g. tensor_parallel_size."""
+    update: Literal["auto", "reload", "restart"] = "auto"
+    """How new weights reach vLLM: in place, checked by the canary, or by a fresh engine."""
+    endpoints: list[Endpoint] = []
+    """Servers for the openai_server sampler."""
+    reload_command: str | None = None
+    """Shell command that makes the servers serve {policy}; run before each round's sampling."""
+    also: AnswerSource | None = None
+    """A second model whose answers join the candidates."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> SamplingConfig:
+        if (self.sampler == "openai_server") != bool(self.endpoints):
+            raise ValueError("sampling.endpoints and sampler: openai_server go together")
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError("greedy decoding (temperature 0) gives n equal responses; set n: 1")
+        return self
+
+
+class JudgeConfig(Section):
+    """Who says which response is better, and how it is asked."""
+
+    name: str
+    """An installed judge's name, `module:attr` or `file.py:attr`."""
+    options: dict[str, Any] = {}
+    """What the judge itself takes."""
+    orders: Literal["both", "one"] = "both"
+    """Whether a pair is shown in both orders; one order is drawn by seed."""
+    votes: Count = 1
+    """Calls for each order; the verdict is the mean of p."""
+    comparisons: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    """Pairs compared for each prompt by a pairwise judge, drawn by seed."""
+    scale: Positive = 1.0
+    """Two scores become p by sigmoid(difference / scale)."""
+    concurrency: Count = 32
+    """Calls in flight at once."""
+    timeout_s: Positive = 60.0
+    """Deadline of one judgement, retries excluded."""
+    retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Further attempts after a rate limit, a timeout or a server error."""
+    budget: Annotated[float, Field(gt=0.0)] | None = None
+    """Dollars for the whole campaign; None is without limit."""
+    max_calls: Count | None = None
+    """Calls for the whole campaign; None is without limit."""
+
+
+class OfflinePairs(Section):
+    """Preferences from a file, mixed into every round."""
+
+    path: str
+    """A .jsonl or .parquet file or dataset name with columns prompt, chosen, rejected."""
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of a round's pairs that come from it."""
+    append_eos: bool = True
+    """Whether an EOS is appended to both responses."""
+
+
+class PairsConfig(Section):
+    """From judged responses to preferences."""
+
+    selector: str = "best_worst"
+    """best_worst, best_random, random, all, or a function by `module:attr` or `file.py:attr`."""
+    min_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest margin: score units for scores, |p - 0.5| for comparisons; ties never pair."""
+    max_per_prompt: Count | None = None
+    """Most pairs of one prompt, the widest margins first; None is without limit."""
+    earlier_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of a round's pairs drawn from earlier rounds."""
+    offline: OfflinePairs | None = None
+    """A fixed preference set to mix in."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> PairsConfig:
+        if self.earlier_share + (self.offline.share if self.offline else 0.0) >= 1.0:
+            raise ValueError(
+                "pairs.earlier_share and pairs.offline.share must leave room for new pairs"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """One round of DPO (Rafailov et al. 2023, 2305.18290, eq. 7)."""
+
+    loss: Literal["sigmoid"] = "sigmoid"
+    """The preference loss."""
+    beta: Positive = 0.1
+    """Strength of the implicit KL constraint; typical 0.01 to 0.5."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Assumed share of flipped labels (cDPO)."""
+    nll_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the chosen response's mean NLL per token (2404.19733, eq. 1)."""
+    learning_rate: Positive = 5e-7
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup: Share = 0.1
+    """Share of the steps spent warming up."""
+    batch_size: Count = 128
+    """Pairs an optimizer step, over all processes; a smaller last batch is trained too."""
+    micro_batch_size: Count = 8
+    """Pairs of one forward pass in one process."""
+    epochs: Count = 1
+    """Passes over a round's pairs."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast over float32 master weights."""
+    gradient_checkpointing: bool = False
+    """Trade a second forward pass for memory."""
+    optimizer: Literal["reset", "carry"] = "reset"
+    """carry: AdamW's state, warm-up and schedule span the campaign instead of a round."""
+    max_tokens: Count | None = None
+    """Longest prompt + response; longer pairs are skipped and counted; None is without limit."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps between checkpoints; 0 keeps none."""
+    num_processes: Count = 1
+    """Training processes, started by `accelerate launch` where more than one."""
+    devices: list[int] | None = None
+    """GPUs of the trainer; None takes what compute.layout gives."""
+    launch: dict[str, Any] = {}
+    """Further options of `accelerate launch`, e.g. num_machines, main_process_ip."""
+
+
+class ReferenceConfig(Section):
+    """When the trained policy becomes the frozen reference."""
+
+    promote: (
+        Literal["every_round", "never"]
+        | Annotated[dict[Literal["every"], Count], Field(min_length=1)]
+    ) = "every_round"
+    """every_round, never, or {every: k}."""
+
+
+class EvaluationConfig(Section):
+    """What is measured between rounds, on prompts that training never sees."""
+
+    every: Count = 1
+    """Rounds between evaluations; the last round is always evaluated."""
+    max_prompts: Count | None = None
+    """Held-out prompts to use; None is all."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Temperature of the answers that are judged; KL is always estimated at temperature 1."""
+    max_new_tokens: Count | None = None
+    """Longest answer in tokens; None takes sampling.max_new_tokens."""
+    judge: JudgeConfig | None = None
+    """A judge other than the training judge; None is the same."""
+    examples: Annotated[int, Field(ge=0)] = 3
+    """Prompts shown with the answers of policy 0 and of the last policy."""
+
+
+class ComputeConfig(Section):
+    """Where the work runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where torch finds a GPU."""
+    workers: Literal["auto", "inline", "processes"] = "auto"
+    """inline: sampler and trainer share one process; auto: inline on CPU without vLLM."""
+    layout: Literal["colocated", "separate", "exit"] = "colocated"
+    """colocated: turns on one GPU; separate: own devices; exit: a worker ends to free all."""
+    threads: Count | None = None
+    """CPU threads of a worker; None is torch's default. Recorded: results depend on it."""
+
+
+class CampaignConfig(Section):
+    """The loop."""
+
+    name: str | None = None
+    """Name in reports; the config file's stem where unset."""
+    rounds: Count = 3
+    """Rounds after round 000."""
+    prompts_per_round: Count = 512
+    """Prompts sampled each round."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every random choice derives from it."""
+    run_dir: str | None = None
+    """Where the run is written; runs/NAME where unset."""
+    retention: (
+        Literal["all", "promoted"] | Annotated[dict[Literal["last"], Count], Field(min_length=1)]
+    ) = "all"
+    """Which policies are kept: all, promoted, or {last: n}. Whatever is still needed stays."""
+    save_policy_every: Count = 1
+    """Of every so many rounds one policy stays; the others go once the next round is done."""
+
+
+class Config(Section):
+    """A campaign."""
+
+    model: ModelConfig
+    """Where policy 0 comes from."""
+    prompts: PromptsConfig
+    """What the policy is asked."""
+    sft: SftConfig | None = None
+    """Supervised fine-tuning before the first round."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    judge: JudgeConfig
+    """Who says which is better."""
+    pairs: PairsConfig = PairsConfig()
+    """From judged responses to preferences."""
+    train: TrainConfig = TrainConfig()
+    """A round of DPO."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """When the reference changes."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured between rounds."""
+    compute: ComputeConfig = ComputeConfig()
+    """Where the work runs."""
+    campaign: CampaignConfig = CampaignConfig()
+    """The loop."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.model.init is not None and self.sft is None:
+            raise ValueError(
+                "model.init makes random weights and trains its tokenizer on the demonstrations; "
+                "it needs an sft section"
+            )
+        if self.prompts.eval and self.prompts.holdout:
+            raise ValueError("prompts.eval and prompts.holdout exclude each other")
+        if not self.prompts.eval and not self.prompts.holdout:
+            raise ValueError("name held-out prompts: prompts.eval, or prompts.holdout: N")
+        if self.sampling.n + (self.sampling.also.n if self.sampling.also else 0) < 2 and not any(
+            source.answer_field for source in self.prompts.train
+        ):
+            raise ValueError("sampling.n: 1 gives no two responses to compare; set n to 2 or more")
+        return self
+
+    @property
+    def eval_judge(self) -> JudgeConfig:
+        """The judge of evaluations."""
+        return self.evaluation.judge or self.judge

@@ -1,0 +1,357 @@
+"""Reading a config: YAML without its traps, overrides, errors that name file, line and remedy."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from online_dpo.config import Config
+from online_dpo.errors import ConfigError
+from online_dpo.resources import find_data, shipped
+
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A checked config, the folder its relative paths start from, and the file it came from."""
+
+    config: Config
+    base: Path
+    source: str
+
+
+_PLAIN_TAGS = frozenset(("map", "seq", "str", "int", "float", "bool", "null"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of scalars: 1e-6 is a number, `no` is a string, dates stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|)$"), ["~", "n", ""]
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+class _Lines(dict[KeyPath, int]):
+    """The line (from 1) on which each key of a document stands."""
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, resolved: bool = False
+) -> LoadedConfig:
+    """The config at `path` (a file, or the name of a shipped one) with `a.b=c` overrides applied.
+
+    Files that it names become absolute, shipped ones keep their name. `resolved` reads a run's own
+    campaign.yaml, whose paths are already so. Raises ConfigError.
+    """
+    file = _find_config(path)
+    text = _read(file)
+    lines = _Lines()
+    data = _parse(text, str(file), lines)
+    for override in overrides:
+        _apply(data, override)
+    config = _validate(data, str(file), lines, overrides)
+    if not resolved:
+        config = _resolve_paths(config, file.parent, file.stem)
+    return LoadedConfig(config, file.parent, str(file))
+
+
+def config_from_dict(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), *, base: Path | None = None
+) -> LoadedConfig:
+    """A config from plain Python values, for notebooks and scripts."""
+    values = copy.deepcopy(dict(data))
+    for override in overrides:
+        _apply(values, override)
+    config = _validate(values, "the given mapping", _Lines(), overrides)
+    folder = base or Path.cwd()
+    return LoadedConfig(_resolve_paths(config, folder, "campaign"), folder, "<python>")
+
+
+def override_config(config: Config, overrides: Sequence[str], *, source: str) -> Config:
+    """`config` with `a.b=c` overrides applied and checked again."""
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        _apply(data, override)
+    return _validate(data, source, _Lines(), overrides)
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that `load_config` reads back to the same values."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for another type, and writes floats in full."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_representer(
+    float, lambda dumper, value: dumper.represent_scalar("tag:yaml.org,2002:float", repr(value))
+)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, with both values."""
+    before = dict(_leaves(old.model_dump(mode="json")))
+    after = dict(_leaves(new.model_dump(mode="json")))
+    keys = [*before, *(key for key in after if key not in before)]
+    return {
+        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    }
+
+
+def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, dict) and data:
+        for key, value in data.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, data
+
+
+def _find_config(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"{path} is a folder; name a config file.")
+    if file.is_file():
+        return file.absolute()
+    found = shipped(str(path))
+    if found is None:
+        raise ConfigError(
+            f"There is no config {str(path)!r} here, and none of that name is shipped.",
+            remedy="online-dpo init",
+        )
+    return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+def _parse(text: str, source: str, lines: _Lines) -> dict[str, Any]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        data = None if node is None else _build(loader, node, (), source, lines)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark is not None else source
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{place}: not valid YAML: {problem}") from error
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{source}: a config is a mapping of sections, this is {type(data).__name__}"
+        )
+    return data
+
+
+def _build(loader: _Loader, node: yaml.Node, path: KeyPath, source: str, lines: _Lines) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+        raise ConfigError(f"{source}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise ConfigError(f"{source}:{line}: the key {key!r} is not text; quote it")
+            if key in mapping:
+                raise ConfigError(f"{source}:{line}: the key {key!r} stands here a second time")
+            lines[(*path, key)] = line
+            mapping[key] = _build(loader, value_node, (*path, key), source, lines)
+        return mapping
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _build(loader, item, (*path, index), source, lines)
+            for index, item in enumerate(node.value)
+        ]
+    return loader.construct_object(node, deep=True)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: write it as section.key=value")
+    value = _scalar_or_flow(text, override)
+    *parents, last = key.strip().split(".")
+    target: Any = data
+    for part in parents:
+        index: Any = int(part) if isinstance(target, list) and part.isdigit() else part
+        try:
+            if isinstance(target, dict) and target.get(index) is None:
+                target[index] = {}
+            target = target[index]
+        except (IndexError, KeyError, TypeError):
+            raise ConfigError(f"--set {override!r}: there is no {part!r} in the config") from None
+    if isinstance(target, list):
+        if not last.isdigit() or int(last) >= len(target):
+            raise ConfigError(f"--set {override!r}: the list has no entry {last!r}")
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parents)} is a value, not a section")
+
+
+def _scalar_or_flow(text: str, override: str) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _build(loader, node, (), f"--set {override}", _Lines())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
+    finally:
+        loader.dispose()
+
+
+def _validate(data: dict[str, Any], source: str, lines: _Lines, overrides: Sequence[str]) -> Config:
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(problem, source, lines, overrides) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _explain(
+    problem: Mapping[str, Any], source: str, lines: _Lines, overrides: Sequence[str]
+) -> str:
+    location: KeyPath = tuple(problem["loc"])
+    path, place = _place(location, source, lines, overrides)
+    dotted = ".".join(str(part) for part in path)
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown key {dotted!r}{_did_you_mean(path)}"
+    if problem["type"] == "missing":
+        return f"{place}: {'.'.join(map(str, location))!r} is required"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not dotted or problem["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {dotted}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _place(
+    location: KeyPath, source: str, lines: _Lines, overrides: Sequence[str]
+) -> tuple[KeyPath, str]:
+    """The part of a pydantic location that the user wrote, and where it stands."""
+    path = location
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if ".".join(map(str, location)).startswith(key):
+            return tuple(key.split(".")), f"--set {override}"
+    while path and path not in lines and lines:
+        path = path[:-1]
+    line = lines.get(path)
+    known = path or location
+    return known, f"{source}:{line}" if line is not None else source
+
+
+def _did_you_mean(path: KeyPath) -> str:
+    """The nearest known key of the same section, or of any section, as a question."""
+    model = _section(path[:-1])
+    name = str(path[-1])
+    here = list(model.model_fields) if model is not None else []
+    near = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {'.'.join([*map(str, path[:-1]), near[0]])!r}?"
+    elsewhere = [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in _fields(field.annotation)
+        if key == name or difflib.get_close_matches(name, [key], n=1, cutoff=0.8)
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; known here: {', '.join(here)}" if here else ""
+
+
+def _section(path: KeyPath) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Config
+    for part in path:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(part)
+        model = None if field is None else _model_of(field.annotation)
+    return model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_of(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _fields(annotation: Any) -> list[str]:
+    model = _model_of(annotation)
+    return list(model.model_fields) if model is not None else []
+
+
+def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
+    """Absolute paths for files beside the config; a name and a run directory if none is given."""
+    data = config.model_dump(mode="json")
+    for section in ("train", "eval"):
+        for source in data["prompts"][section]:
+            source["name"] = source["name"] or Path(source["path"]).stem
+            source["path"] = _resolve_table(source["path"], base)
+    if data["sft"] is not None:
+        data["sft"]["demonstrations"] = _resolve_table(data["sft"]["demonstrations"], base)
+    if data["pairs"]["offline"] is not None:
+        offline = data["pairs"]["offline"]
+        offline["path"] = _resolve_table(offline["path"], base)
+    if data["model"]["chat_template"] is not None:
+        data["model"]["chat_template"] = str(find_data(data["model"]["chat_template"], base=base))
+    if data["model"]["path"] is not None and (base / data["model"]["path"]).is_dir():
+        data["model"]["path"] = str((base / data["model"]["path"]).absolute())
+    for judge in filter(None, (data["judge"], data["evaluation"]["judge"])):
+        judge["name"] = _resolve_code(judge["name"], base)
+    data["pairs"]["selector"] = _resolve_code(data["pairs"]["selector"], base)
+    campaign = data["campaign"]
+    campaign["name"] = campaign["name"] or stem
+    campaign["run_dir"] = os.path.abspath(campaign["run_dir"] or Path("runs") / campaign["name"])
+    return Config.model_validate(data)
+
+
+def _resolve_table(path: str, base: Path) -> str:
+    """An absolute file, a shipped file's name, or a dataset's name unchanged."""
+    if Path(path).suffix not in (".jsonl", ".parquet", ".json"):
+        return path
+    found = find_data(path, base=base)
+    return Path(path).name if found == shipped(path) else str(found)
+
+
+def _resolve_code(name: str, base: Path) -> str:
+    """`file.py:attr` with the file made absolute; anything else unchanged."""
+    target, colon, attribute = name.rpartition(":")
+    if not colon or not target.endswith(".py"):
+        return name
+    return f"{find_data(target, base=base)}:{attribute}"

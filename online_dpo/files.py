@@ -1,0 +1,116 @@
+"""Durable file operations: hashes, fsync, atomic replacement, and disk faults by name."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from online_dpo.errors import CorruptError, DiskError
+
+PARTIAL = ".partial"
+"""The suffix of what is not complete; a path without it is."""
+
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """The sha256 of a text's UTF-8 bytes, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hashes(folder: Path, *, skip: frozenset[str] = frozenset()) -> dict[str, str]:
+    """The sha256 of every file below `folder` by its relative POSIX path, sorted."""
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {name: sha256_file(folder / name) for name in names if name not in skip}
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """The sha256 of the sorted lines `path sha256`: a folder's content as one value."""
+    return sha256_text("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)))
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Make `path` hold `text`, wholly or not at all: write, fsync, rename, fsync the parent."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    fsync_path(path.parent)
+
+
+def to_json(data: Any) -> str:
+    """JSON as every file of a run holds it: indented, keys in the given order, no NaN."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of a committed file. Raises CorruptError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{path} is not valid JSON: {error}") from error
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def as_disk_error(error: OSError, place: str | os.PathLike[str] | None = None) -> DiskError | None:
+    """The DiskError that an OSError amounts to, or None where it is no fault of the disk."""
+    if isinstance(error, DiskError) or error.errno not in _DISK_FAULTS:
+        return None
+    path = error.filename or place or "the run directory"
+    cause = os.strerror(error.errno or 0)
+    return DiskError(
+        f"Writing {path} failed: {cause}.",
+        safe="Everything committed before is intact; half-written files are ignored.",
+    )
+
+
+@contextlib.contextmanager
+def disk_faults(place: Path) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        fault = as_disk_error(error, place)
+        if fault is None:
+            raise
+        raise fault from error

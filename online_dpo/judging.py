@@ -1,0 +1,337 @@
+"""Labelling: asking the config's judge in every order and vote, in whatever process it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from online_dpo import plugins
+from online_dpo.calls import Calls as Calls
+from online_dpo.chat import ChatReply as ChatReply
+from online_dpo.chat import ChatRequest as ChatRequest
+from online_dpo.chat import Estimate as Estimate
+from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.config import JudgeConfig
+from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.files import disk_faults
+from online_dpo.judge_forms import Answer, Form, Mode, is_built_in, make_form, mode_of
+from online_dpo.judge_loop import LoopAsker
+from online_dpo.judge_worker import JudgeProcess
+from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
+from online_dpo.verdicts import (
+    Kind,
+    Question,
+    combine_scores,
+    combine_verdicts,
+    compare_questions,
+    pairs_to_compare,
+)
+from online_dpo.verdicts import Labels as Labels
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+PROGRESS_EVERY_S = 10.0
+
+
+class Asker(Protocol):
+    """Answers questions in order; `cancel`, from another thread, makes it raise CancelledError."""
+
+    def answers(
+        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
+    ) -> Generator[tuple[int, Answer], None, None]:
+        """Yield (index of the question, answer) in whatever order they come."""
+
+    def cancel(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Labeller:
+    """The judge of a config, ready to be asked. One can serve every round: set `round`.
+
+    `on_event` is called on the thread that asks. `label`, `score` and `compare_pairs` block; they
+    may run on any thread, one at a time. They raise JudgeError (the judge fails), BudgetError,
+    and concurrent.futures.CancelledError after `cancel`.
+    """
+
+    def __init__(
+        self,
+        judge_config: JudgeConfig,
+        *,
+        base: Path | None,
+        ledger_path: Path,
+        seed: int,
+        round: int,
+        on_event: OnEvent,
+        log: Path | None = None,
+    ) -> None:
+        """Raises ConfigError where the judge cannot be imported or made, or its settings clash."""
+        self.config = judge_config
+        self.round = round
+        self._seed = seed
+        self._on_event = on_event
+        self._base = base
+        self._ledger_path = ledger_path
+        self._log = log or ledger_path.parent / "logs" / "judge.log"
+        self._cancelled = threading.Event()
+        self.kind: Kind
+        self._version: str
+        self._asker: Asker
+        self._prepare()
+        _refuse_clashes(judge_config, self.kind)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The judge's name, as in the config, and its own version."""
+        return {"name": self.config.name, "version": self._version}
+
+    def label(
+        self, items: Sequence[tuple[Prompt, Sequence[Response]]], *, purpose: str
+    ) -> list[Labels]:
+        """One Labels for each prompt, in the order of the items."""
+        if self.kind == "score":
+            scores = self.score(items, purpose=purpose)
+            return [
+                Labels(prompt.id, scores=given)
+                for (prompt, _), given in zip(items, scores, strict=True)
+            ]
+        drawn = [
+            pairs_to_compare(
+                prompt, responses, self.config.comparisons, seed=self._seed, round=self.round
+            )
+            for prompt, responses in items
+        ]
+        pairs = [
+            (prompt, first, second)
+            for (prompt, _), chosen in zip(items, drawn, strict=True)
+            for first, second in chosen
+        ]
+        comparisons = iter(self.compare_pairs(pairs, purpose=purpose))
+        return [
+            Labels(prompt.id, comparisons=tuple(islice(comparisons, len(chosen))))
+            for (prompt, _), chosen in zip(items, drawn, strict=True)
+        ]
+
+    def score(
+        self, items: Sequence[tuple[Prompt, Sequence[Response]]], *, purpose: str
+    ) -> list[tuple[Score, ...]]:
+        """The scores of each prompt's responses, aligned with them. Only where kind is "score"."""
+        assert self.kind == "score", f"{self.config.name} compares, it does not score"
+        votes = self.config.votes
+        questions = [
+            Question(prompt, tuple(responses), vote)
+            for prompt, responses in items
+            for vote in range(votes)
+        ]
+        answers = [_as_scores(answer) for answer in self._ask(questions, purpose)]
+        return [
+            combine_scores(answers[start : start + votes])
+            for start in range(0, len(answers), votes)
+        ]
+
+    def compare_pairs(
+        self, pairs: Sequence[tuple[Prompt, Response, Response]], *, purpose: str
+    ) -> list[Comparison]:
+        """One Comparison for each pair, in their order. Only where kind is "compare"."""
+        assert self.kind == "compare", f"{self.config.name} scores, it does not compare"
+        asked = [
+            compare_questions(
+                prompt,
+                first,
+                second,
+                orders=self.config.orders,
+                votes=self.config.votes,
+                seed=self._seed,
+                round=self.round,
+            )
+            for prompt, first, second in pairs
+        ]
+        questions = [question for group in asked for question in group]
+        answers = iter(_as_verdict(answer) for answer in self._ask(questions, purpose))
+        return [
+            combine_verdicts(
+                prompt, first, second, [(question, next(answers)) for question in group]
+            )
+            for (prompt, first, second), group in zip(pairs, asked, strict=True)
+        ]
+
+    def cancel(self) -> None:
+        """End what another thread asks, soon. The labeller can then only be closed."""
+        self._cancelled.set()
+        self._asker.cancel()
+
+    def close(self) -> None:
+        """End the judge's process or connections and close the ledger. Safe to repeat."""
+        self._asker.close()
+
+    def _prepare(self) -> None:
+        name, options, base = self.config.name, self.config.options, self._base
+        if is_built_in(name):
+            mode = mode_of(plugins.resolve(name))
+            if mode != "worker":
+                self._take(make_form(name, options, base), mode)
+                return
+        # A user's module is imported in a process of its own first: it may load torch, or hang.
+        process = JudgeProcess(name, options, base, run=self._ledger_path.parent, log=self._log)
+        try:
+            found = process.describe()
+        except BaseException:
+            process.close()
+            raise
+        if found["mode"] == "worker":
+            self.kind, self._version = found["kind"], found["version"]
+            self._asker = ProcessAsker(process, self.config, found["function"])
+            return
+        process.close()
+        self._take(make_form(name, options, base), found["mode"])
+
+    def _take(self, form: Form, mode: Mode) -> None:
+        """Use a judge that runs in this process."""
+        self.kind, self._version = form.kind, form.version
+        if mode == "inline":
+            self._asker = InlineAsker(form)
+        else:
+            self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
+
+    def _ask(self, questions: Sequence[Question], purpose: str) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(questions)
+        progress = _Progress(self.config.name, purpose, len(questions), self._on_event)
+        try:
+            if self._cancelled.is_set():
+                raise CancelledError("labelling was cancelled")
+            stream = self._asker.answers(
+                questions, purpose=purpose, round=self.round, on_event=self._on_event
+            )
+            with contextlib.closing(stream):
+                for index, answer in stream:
+                    answers[index] = answer
+                    progress.count(answer)
+        except JudgeError as error:
+            self._log_failure(error)
+            raise
+        finally:
+            progress.finish()
+        return [answer for answer in answers if answer is not None]
+
+    def _log_failure(self, error: JudgeError) -> None:
+        """Keep the traceback of a judge's exception beside the message that ends the campaign."""
+        if error.__cause__ is None:
+            return
+        with disk_faults(self._log):
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as log:
+                log.writelines(traceback.format_exception(error))
+
+
+class InlineAsker:
+    """Asks a pure and quick judge directly."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._cancelled = False
+
+    def answers(
+        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
+    ) -> Generator[tuple[int, Answer], None, None]:
+        for index, question in enumerate(questions):
+            if self._cancelled:
+                raise CancelledError("labelling was cancelled")
+            yield index, self._form.ask(question, None)
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ProcessAsker:
+    """Asks a synchronous judge in its process, one question at a time, each with a deadline."""
+
+    def __init__(self, process: JudgeProcess, config: JudgeConfig, per_response: bool) -> None:
+        self._process = process
+        self._timeout_s = config.timeout_s
+        self._per_response = per_response
+        self._cancelled = False
+
+    def answers(
+        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
+    ) -> Generator[tuple[int, Answer], None, None]:
+        for index, question in enumerate(questions):
+            calls = len(question.responses) if self._per_response else 1
+            try:
+                answer = self._process.ask(question, timeout_s=self._timeout_s * max(calls, 1))
+            except JudgeError:
+                self._raise_if_cancelled()
+                raise
+            self._raise_if_cancelled()
+            yield index, answer
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.close()
+
+    def _raise_if_cancelled(self) -> None:
+        if self._cancelled:
+            raise CancelledError("labelling was cancelled") from None
+
+
+class _Progress:
+    """Tells how far labelling has come, every ten seconds and once at the end."""
+
+    def __init__(self, judge: str, purpose: str, total: int, on_event: OnEvent) -> None:
+        self._facts = {"judge": judge, "purpose": purpose, "total": total}
+        self._on_event = on_event
+        self._done = 0
+        self._invalid: Counter[str] = Counter()
+        self._last = time.monotonic()
+
+    def count(self, answer: Answer) -> None:
+        self._done += 1
+        for judgement in answer if isinstance(answer, tuple) else (answer,):
+            value = judgement.value if isinstance(judgement, Score) else judgement.p
+            if value is None:
+                self._invalid[judgement.reason or ""] += 1
+        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
+            self._last = time.monotonic()
+            self._emit("judging")
+
+    def finish(self) -> None:
+        self._emit("judged")
+
+    def _emit(self, event: str) -> None:
+        invalid = dict(sorted(self._invalid.items()))
+        self._on_event({"event": event, **self._facts, "done": self._done, "invalid": invalid})
+
+
+def _refuse_clashes(config: JudgeConfig, kind: Kind) -> None:
+    if kind == "compare":
+        return
+    for field, default in (("orders", "both"), ("comparisons", "all")):
+        value = getattr(config, field)
+        if value != default:
+            raise ConfigError(
+                f"judge.{field}: {value} is for judges that compare; {config.name!r} scores each "
+                f"response by itself. Leave judge.{field} out."
+            )
+
+
+def _as_scores(answer: Answer) -> tuple[Score, ...]:
+    assert isinstance(answer, tuple)
+    return answer
+
+
+def _as_verdict(answer: Answer) -> Verdict:
+    assert isinstance(answer, Verdict)
+    return answer

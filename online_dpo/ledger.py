@@ -1,0 +1,219 @@
+"""The ledger: every call to a paid or remote judge, on disk before it counts (SQLite).
+
+A call's attempt is one row: sent, with its reservation, then settled (a reply came), failed
+(refused, nothing charged) or unknown (it may have been charged: a timeout, a broken connection, a
+crash with the call in flight). Unknown rows are charged at their reservation, so that the ledger
+never says less than the bill. Reserving and noting as sent are one commit: nothing is waited for
+in between. Money is counted in whole picodollars, so that sums are exact.
+
+The journal is a rollback journal: WAL needs shared memory, which network file systems do not give.
+TRUNCATE with synchronous=FULL syncs the emptied journal too, so that a committed row survives a
+power cut. One thread owns the connection and commits whatever has queued up in one transaction:
+durable for each caller, without one fsync for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from online_dpo import ledger_table as table
+from online_dpo.errors import BudgetError, CorruptError, DiskError
+from online_dpo.files import disk_faults, fsync_path
+from online_dpo.ledger_table import Entry, Totals
+
+T = TypeVar("T")
+
+
+class Ledger:
+    """An open ledger. Methods return futures: done means committed; they may be called anywhere."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create; what a killed process left in flight becomes unknown.
+
+        Raises CorruptError where the file is no ledger, DiskError where it cannot be written.
+        """
+        self.path = path
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        ready: Future[None] = Future()
+        self._ready = ready
+        self._thread.start()
+        ready.result()
+
+    def settled(self, key: str) -> Future[Entry | None]:
+        """The settled row of a key, if there is one. Raises CorruptError where it was altered."""
+        return self._submit(lambda db: table.settled(db, key))
+
+    def send(
+        self, entry: Entry, *, max_charge: int | None = None, max_calls: int | None = None
+    ) -> Future[Entry]:
+        """Reserve for a new attempt that is about to leave; `attempt` is numbered here.
+
+        Raises BudgetError, and writes nothing, where the limits leave no room for it.
+        """
+        return self._submit(lambda db: table.send(db, entry, max_charge, max_calls))
+
+    def settle(self, entry: Entry, **reply: Any) -> Future[Entry]:
+        """Keep the reply, given as the columns of Entry from `cost` to `answered_by`.
+
+        Like `fail` and `lose`, it leaves a row that is final already as it is.
+        """
+        return self._submit(lambda db: table.end(db, replace(entry, state="settled", **reply)))
+
+    def fail(self, entry: Entry, reason: str) -> Future[Entry]:
+        """Note that the attempt came to nothing and costs nothing."""
+        return self._submit(lambda db: table.end(db, replace(entry, state="failed", reason=reason)))
+
+    def lose(self, entry: Entry, reason: str) -> Future[Entry]:
+        """Note that the attempt's fate is unknown; it is charged at its reservation."""
+        return self._submit(
+            lambda db: table.end(db, replace(entry, state="unknown", reason=reason))
+        )
+
+    def totals(self) -> Future[Totals]:
+        """What all rows count for."""
+        return self._submit(table.totals)
+
+    def digest(self, rows: int | None = None) -> Future[tuple[int, str]]:
+        """(number of final rows, sha256 over their hashes), of all or of the first `rows`.
+
+        Final rows are never changed, so the digest of the first n stays what it was. Every row is
+        hashed anew: raises CorruptError where one was altered, or where there are fewer than
+        `rows`.
+        """
+        return self._submit(lambda db: table.digest(db, self.path, rows))
+
+    def close(self) -> None:
+        """Commit what is queued and close. Safe to repeat."""
+        if self._thread.is_alive():
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _submit(self, run: Callable[[sqlite3.Connection], T]) -> Future[T]:
+        job = _Job(run)
+        self._jobs.put(job)
+        return job.future
+
+    def _write(self) -> None:
+        """The writer thread: take what has queued up, commit it once, tell everyone."""
+        try:
+            db = _open(self.path)
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        closing = False
+        while not closing:
+            batch = [self._jobs.get()]
+            while not self._jobs.empty():
+                batch.append(self._jobs.get())
+            closing = None in batch
+            _commit(db, self.path, [job for job in batch if job is not None and job.starts()])
+        db.close()
+
+
+class _Job:
+    """Something to do in the writer's next transaction."""
+
+    def __init__(self, run: Callable[[sqlite3.Connection], Any]) -> None:
+        self.run = run
+        self.future: Future[Any] = Future()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def starts(self) -> bool:
+        """Whether it is still wanted; from here on it cannot be cancelled."""
+        return self.future.set_running_or_notify_cancel()
+
+
+def check_ledger(path: Path, rows: int, sha256: str) -> None:
+    """Raise CorruptError unless the ledger still begins with the rows that a manifest names."""
+    if rows == 0:
+        return
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing; the labels rest on {rows} rows of it.")
+    ledger = Ledger(path)
+    try:
+        _, found = ledger.digest(rows).result()
+    finally:
+        ledger.close()
+    if found != sha256:
+        raise CorruptError(f"{path} is not the ledger that the labels were made with.")
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """(number of final rows, sha256) of a ledger that may not exist, for a label manifest."""
+    if not path.is_file():
+        return 0, hashlib.sha256().hexdigest()
+    ledger = Ledger(path)
+    try:
+        return ledger.digest().result()
+    finally:
+        ledger.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    new = not path.exists()
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
+        if new:
+            fsync_path(path.parent)
+    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+    try:
+        db.execute("PRAGMA journal_mode = TRUNCATE")
+        db.execute("PRAGMA synchronous = FULL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            db.executescript(f"BEGIN IMMEDIATE; {table.TABLES} COMMIT;")
+        elif version != table.SCHEMA:
+            raise CorruptError(f"{path} is no ledger of this version (schema {version}).")
+        table.recover(db)
+    except sqlite3.Error as error:
+        db.close()
+        raise _named(error, path) from error
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _commit(db: sqlite3.Connection, path: Path, jobs: list[_Job]) -> None:
+    """Run jobs in one transaction. One that refuses has written nothing; a fault fails all."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            try:
+                job.result = job.run(db)
+            except (BudgetError, CorruptError) as error:
+                job.error = error
+        db.execute("COMMIT")
+    except BaseException as error:
+        fault = _named(error, path) if isinstance(error, sqlite3.Error) else error
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        for job in jobs:
+            job.error = fault
+    for job in jobs:
+        if job.error is not None:
+            job.future.set_exception(job.error)
+        else:
+            job.future.set_result(job.result)
+
+
+def _named(error: sqlite3.Error, path: Path) -> DiskError | CorruptError:
+    text = f"{path}: {error}"
+    if isinstance(error, sqlite3.OperationalError):
+        return DiskError(
+            f"Writing the ledger failed. {text}", safe="Every settled answer is on disk."
+        )
+    return CorruptError(f"The ledger cannot be read. {text}")

@@ -1,0 +1,94 @@
+"""Locks of a run directory: one orchestrator, and none before a dead one's workers are gone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from online_dpo.errors import LockedError
+
+LOCK = "lock"
+WORKERS_LOCK = "workers.lock"
+
+
+class RunLock:
+    """The orchestrator's hold on a run directory, gone with the process that has it."""
+
+    def __init__(self, run: Path, *, workers_timeout_s: float = 30.0) -> None:
+        self._file = _open(run / LOCK)
+        try:
+            self._acquire(run, workers_timeout_s)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _acquire(self, run: Path, workers_timeout_s: float) -> None:
+        if not _try_lock(self._file, fcntl.LOCK_EX):
+            raise LockedError(f"{run} is in use{_holder(run)}.", remedy=f"online-dpo status {run}")
+        _await_workers(run, workers_timeout_s)
+        self._file.truncate(0)
+        self._file.write(
+            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        )
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def holder(run: Path) -> dict[str, object] | None:
+    """Who holds a run directory now, or None where nobody does."""
+    if not (run / LOCK).is_file():
+        return None
+    with (run / LOCK).open("r") as file:
+        if _try_lock(file, fcntl.LOCK_SH):
+            return None
+        try:
+            data: dict[str, object] = json.loads(file.read())
+        except ValueError:
+            data = {}
+        return data
+
+
+def hold_as_worker(run: Path) -> IO[str]:
+    """A worker's shared hold, for as long as the returned file stays open."""
+    file = _open(run / WORKERS_LOCK)
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _await_workers(run: Path, timeout_s: float) -> None:
+    """Wait until the workers of a killed orchestrator are gone."""
+    deadline = time.monotonic() + timeout_s
+    with _open(run / WORKERS_LOCK) as file:
+        while not _try_lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise LockedError(
+                    f"{run}: worker processes of an earlier start are still running after "
+                    f"{timeout_s:.0f} s. End them and start again."
+                )
+            time.sleep(0.05)
+
+
+def _open(path: Path) -> IO[str]:
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(run: Path) -> str:
+    data = holder(run) or {}
+    if "pid" not in data:
+        return ""
+    return f" by process {data['pid']} on {data['host']}"

@@ -1,0 +1,149 @@
+"""One chat completion over an OpenAI-compatible API: one attempt, a reply or a named fault."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from online_dpo.chat import CallFault, ChatReply, ChatRequest
+from online_dpo.errors import ConfigError
+
+NO_KEY = "none"
+"""What is sent to a server that asks for no key; the client refuses to send nothing."""
+
+
+class OpenAIChat:
+    """A connection pool to one endpoint, for one event loop."""
+
+    def __init__(self, base_url: str | None, api_key_env: str) -> None:
+        """Raises ConfigError where a key is needed and the environment has none."""
+        key = os.environ.get(api_key_env)
+        if not key and base_url is None:
+            raise ConfigError(
+                f"The environment variable {api_key_env} is not set; the judge's API needs a key. "
+                "Set it, or name another variable in judge.options.api_key_env."
+            )
+        self._own = base_url is None
+        self._key_hint = "" if key else f" (the environment variable {api_key_env} is not set)"
+        # Retries are the caller's: the client's own would try an exhausted quota again.
+        self._client = openai.AsyncOpenAI(
+            api_key=key or NO_KEY, base_url=base_url, max_retries=0, timeout=None
+        )
+
+    async def chat(self, request: ChatRequest, *, timeout_s: float) -> ChatReply:
+        """One attempt within `timeout_s`, a slow drip included. Raises CallFault."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                completion: object = await self._client.chat.completions.create(
+                    **_parameters(request, own=self._own)
+                )
+        except TimeoutError:
+            message = f"no whole reply within {timeout_s:g} s"
+            raise CallFault(message, retryable=True, charged=True) from None
+        except openai.APIStatusError as error:
+            raise self._status_fault(error) from error
+        except openai.APIConnectionError as error:
+            raise _connection_fault(error) from error
+        except (openai.OpenAIError, ValueError) as error:
+            message = f"the reply is no chat completion: {error}"
+            raise CallFault(message, retryable=True, charged=True) from error
+        return _reply(completion)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _status_fault(self, error: openai.APIStatusError) -> CallFault:
+        status, code = error.status_code, error.code
+        said = error.message.removeprefix(f"Error code: {status}").removeprefix(" - ")
+        message = f"HTTP {status}: {_shown(said)}" if said else f"HTTP {status}"
+        exhausted = status == 402 or code == "insufficient_quota"
+        if status in (401, 403):
+            message += self._key_hint
+        return CallFault(
+            message,
+            retryable=not exhausted and (status in (408, 409, 425, 429) or status >= 500),
+            # A gateway gave up waiting: what stands behind it may have answered.
+            charged=status in (408, 502, 504),
+            retry_after_s=_retry_after(error.response.headers),
+            refused=status in (400, 413, 422),
+            code=code,
+        )
+
+
+def _parameters(request: ChatRequest, *, own: bool) -> dict[str, Any]:
+    """OpenAI's newer models know only max_completion_tokens, older servers only max_tokens."""
+    parameters: dict[str, Any] = {
+        "model": request.model,
+        "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+        "max_completion_tokens" if own else "max_tokens": request.max_tokens,
+    }
+    if request.temperature is not None:
+        parameters["temperature"] = request.temperature
+    if request.response_format is not None:
+        parameters["response_format"] = request.response_format
+    if request.extra_body is not None:
+        parameters["extra_body"] = dict(request.extra_body)
+    return parameters
+
+
+def _reply(completion: object) -> ChatReply:
+    """The client does not check what it is sent: an error page comes as str, fields may be None."""
+    if not isinstance(completion, ChatCompletion) or not completion.choices:
+        fault = f"the reply is no chat completion: {_shown(str(completion))}"
+        raise CallFault(fault, retryable=True, charged=True)
+    choice: Any = completion.choices[0]
+    message, usage = choice.message, completion.usage
+    if message is None:
+        raise CallFault("the reply has no message", retryable=True, charged=True)
+    refusal = message.refusal
+    return ChatReply(
+        text=_storable(refusal or message.content or ""),
+        finish_reason=choice.finish_reason or "unknown",
+        model=completion.model or "unknown",
+        tokens_in=None if usage is None else usage.prompt_tokens,
+        tokens_out=None if usage is None else usage.completion_tokens,
+        refused=bool(refusal),
+    )
+
+
+def _connection_fault(error: openai.APIConnectionError) -> CallFault:
+    """Without a connection nothing was sent; a broken one may have been paid for."""
+    cause = error.__cause__
+    unsent = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol")
+    message = f"connection failed: {type(cause).__name__}: {_shown(str(cause))}"
+    return CallFault(message, retryable=True, charged=not unsent)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, from retry-after-ms or Retry-After in seconds or as a date."""
+    if (value := headers.get("retry-after-ms")) is not None:
+        scale = 1e-3
+    elif (value := headers.get("retry-after")) is not None:
+        scale = 1.0
+    else:
+        return None
+    try:
+        return max(0.0, float(value) * scale)
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _storable(text: str) -> str:
+    """JSON may carry halves of surrogate pairs, which are no text."""
+    return text.encode("utf-8", "replace").decode("utf-8")

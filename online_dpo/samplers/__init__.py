@@ -1,0 +1,1 @@
+"""Where responses come from: three interchangeable samplers behind one worker-side handler."""

@@ -1,0 +1,104 @@
+"""What every stage is given: the round's folder, its inputs, and the hands that do the work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from online_dpo.config import Config
+from online_dpo.crew import Crew
+from online_dpo.progress import Progress
+from online_dpo.records import ModelRef, Prompt, RoundPlan
+from online_dpo.store import RoundDir, RunDir
+from online_dpo.tables import prompt_from_row, read_table
+
+if TYPE_CHECKING:
+    from online_dpo.judging import Labeller
+
+STAGES = ("sample", "label", "pair", "train", "evaluate", "promote")
+"""The stages of every round after round 0, in order."""
+
+
+@dataclass
+class PromptTable:
+    """The campaign's prompts, tokenized: by id, and the ids of each role by source."""
+
+    by_id: dict[str, Prompt]
+    train: dict[str, list[str]]
+    eval: dict[str, list[str]]
+    weights: dict[str, float]
+    sha256: str
+
+
+@dataclass
+class Context:
+    """A stage's world. `plan` is None in round 0 alone."""
+
+    config: Config
+    run: RunDir
+    round: RoundDir
+    crew: Crew
+    progress: Progress
+    make_labeller: Callable[[bool], Labeller]
+    """Gives the training judge (False) or the evaluation judge (True); both live on."""
+    plan: RoundPlan | None = None
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of real work by stage in this process, for the round's fixed cost."""
+    prompts: PromptTable | None = None
+    interrupted: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def inputs(self) -> RoundPlan:
+        """The plan of a round after round 0."""
+        assert self.plan is not None
+        return self.plan
+
+    def folder(self, model: ModelRef) -> Path:
+        """Where a model's files lie."""
+        from online_dpo.stages.origin import model_folder
+
+        return model_folder(self.run, model)
+
+    def model_params(self, model: ModelRef) -> dict[str, str]:
+        """A model as workers are told of it."""
+        return {"path": str(self.folder(model)), "sha256": model.sha256}
+
+    @contextmanager
+    def working(self, stage: str) -> Iterator[None]:
+        """Count the time inside as work of a stage."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.busy_s[stage] = self.busy_s.get(stage, 0.0) + time.monotonic() - start
+
+    def load_prompts(self) -> PromptTable:
+        """The prompts as round 0 committed them, read once."""
+        if self.prompts is None:
+            self.prompts = read_prompts(self.run)
+        return self.prompts
+
+
+def read_prompts(run: RunDir) -> PromptTable:
+    """The table of round 0."""
+    origin = run.round(0)
+    rows = read_table(origin.artifact("prompts") / "prompts.parquet")
+    table = PromptTable({}, {}, {}, {}, str(origin.manifest("prompts")["sha256"]))
+    for row in rows:
+        prompt = prompt_from_row(row)
+        table.by_id[prompt.id] = prompt
+        side = table.train if row["role"] == "train" else table.eval
+        side.setdefault(prompt.source, []).append(prompt.id)
+        if row["role"] == "train":
+            table.weights[prompt.source] = row["weight"]
+    return table
+
+
+def plan_facts(context: Context) -> Mapping[str, Any]:
+    """What every artifact's manifest says of how it was made."""
+    return {"made_with": context.crew.facts}

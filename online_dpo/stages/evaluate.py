@@ -1,0 +1,223 @@
+"""Stage 5: the new policy answers the held-out prompts, and is judged and measured on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from online_dpo.metrics import Rate, distinct_n, estimate, kl, wilson, win
+from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
+from online_dpo.stages.context import Context
+from online_dpo.stages.origin import policy_zero
+from online_dpo.stages.sample import load_policy
+from online_dpo.tables import read_table, response_from_answer, responses_by_prompt, write_table
+
+Row = dict[str, Any]
+
+
+def evaluate(context: Context) -> None:
+    """Commit `evaluation/` for the round's policy (in round 0: policy 0), if it is missing."""
+    if context.round.has("evaluation"):
+        return
+    policy = policy_zero(context.round) if context.plan is None else context.round.ref("policy")
+    with (
+        context.working("evaluate"),
+        context.progress.stage("evaluate", total=len(_prompts(context)), unit="prompts") as bar,
+    ):
+        answers = _answer(context, policy, temperature=context.config.evaluation.temperature)
+        bar.set(len(answers))
+        rows = _judge(context, answers)
+        metrics = _metrics(context, policy, answers, rows)
+    with context.round.commit("evaluation", inputs={"policy": policy.sha256}) as draft:
+        write_table(draft.path / "answers.parquet", "answers", rows)
+        (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        draft.rows = len(rows)
+
+
+def _prompts(context: Context) -> list[Prompt]:
+    """The held-out prompts, the same ones every round."""
+    table = context.load_prompts()
+    ids = [prompt_id for source in table.eval.values() for prompt_id in source]
+    limit = context.config.evaluation.max_prompts
+    if limit is not None and limit < len(ids):
+        seed = context.config.campaign.seed
+        ids = sorted(ids, key=lambda i: derive_seed(seed, "eval", i))[:limit]
+    return [table.by_id[prompt_id] for prompt_id in ids]
+
+
+def _answer(
+    context: Context, policy: ModelRef, *, temperature: float
+) -> list[tuple[Prompt, Response]]:
+    """One answer of a policy to each held-out prompt; the same seeds in every round."""
+    sampling = context.config.sampling
+    prompts = _prompts(context)
+    params = SamplingParams(
+        n=1,
+        temperature=temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=context.config.evaluation.max_new_tokens or sampling.max_new_tokens,
+        stop=tuple(sampling.stop),
+    )
+    load_policy(context, policy)
+    seed = context.config.campaign.seed
+    scratch = context.round.begin("answers")
+    table = scratch.path / "answers.parquet"
+    context.crew.sampler().call(
+        "generate",
+        prompts=[{"id": p.id, "token_ids": list(p.token_ids)} for p in prompts],
+        seeds={p.id: [derive_seed(seed, "eval", p.id)] for p in prompts},
+        params=to_dict(params),
+        out=str(table),
+    )
+    responses = responses_by_prompt(read_table(table))
+    context.round.remove("answers.partial")
+    return [(prompt, responses[prompt.id][0]) for prompt in prompts]
+
+
+def _judge(context: Context, answers: Sequence[tuple[Prompt, Response]]) -> list[Row]:
+    """A row an answer: its score, or its win against the answers of earlier policies."""
+    labeller = context.make_labeller(True)
+    rows = [_row(prompt, response) for prompt, response in answers]
+    previous, policy0 = _earlier(context)
+    purpose = f"evaluation-{context.round.number:03d}"
+    if labeller.kind == "score":
+        labels = labeller.label([(p, [r]) for p, r in answers], purpose=purpose)
+        for row, label in zip(rows, labels, strict=True):
+            assert label.scores is not None
+            row |= {"score": label.scores[0].value, "reason": label.scores[0].reason}
+            row["p_policy0"] = _win(row, policy0)
+            row["p_previous"] = _win(row, previous)
+        return rows
+    for field, opponents in (("p_policy0", policy0), ("p_previous", previous)):
+        met = [
+            (p, r, response_from_answer(opponents[p.id])) for p, r in answers if p.id in opponents
+        ]
+        if field == "p_previous" and opponents == policy0:
+            for row in rows:
+                row[field] = row["p_policy0"]
+            continue
+        verdicts = labeller.compare_pairs(met, purpose=purpose) if met else []
+        by_prompt = {verdict.prompt_id: verdict for verdict in verdicts}
+        for row in rows:
+            verdict = by_prompt.get(row["prompt_id"])
+            row[field] = None if verdict is None else verdict.p
+            row["reason"] = row["reason"] or (None if verdict is None else verdict.reason)
+    return rows
+
+
+def _earlier(context: Context) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The answers of the last policy evaluated before this round, and of policy 0, by prompt."""
+    number = context.round.number
+    evaluated = [n for n in range(number) if context.run.round(n).has("evaluation")]
+    if not evaluated:
+        return {}, {}
+    return _answers(context, evaluated[-1]), _answers(context, 0)
+
+
+def _answers(context: Context, number: int) -> dict[str, Row]:
+    table = context.run.round(number).verify("evaluation") / "answers.parquet"
+    return {row["prompt_id"]: row for row in read_table(table)}
+
+
+def _win(row: Row, opponents: dict[str, Row]) -> float | None:
+    other = opponents.get(row["prompt_id"])
+    if other is None or row["score"] is None or other["score"] is None:
+        return None
+    return win(row["score"], other["score"])
+
+
+def _row(prompt: Prompt, response: Response) -> Row:
+    return {
+        "prompt_id": prompt.id,
+        "prompt_source": prompt.source,
+        "response_id": response.id,
+        "prompt_text": prompt.content,
+        "text": response.text,
+        "token_ids": list(response.token_ids),
+        "finish_reason": response.finish_reason,
+        "score": None,
+        "reason": None,
+        "p_previous": None,
+        "p_policy0": None,
+    }
+
+
+def _metrics(
+    context: Context,
+    policy: ModelRef,
+    answers: Sequence[tuple[Prompt, Response]],
+    rows: Sequence[Row],
+) -> dict[str, Any]:
+    scores = [row["score"] for row in rows if row["score"] is not None]
+    lengths = [float(len(response.token_ids)) for _, response in answers]
+    score = estimate(scores)
+    return {
+        "prompts": len(rows),
+        "invalid": sum(row["reason"] is not None for row in rows),
+        "score": None if score is None else asdict(score),
+        "win_rate_policy0": _rate(rows, "p_policy0"),
+        "win_rate_previous": _rate(rows, "p_previous"),
+        "mean_tokens": sum(lengths) / len(lengths),
+        "truncated": sum(r.truncated for _, r in answers) / len(answers),
+        "distinct_2": distinct_n([r.text for _, r in answers]),
+        **_drift(context, policy, answers),
+        "by_source": _by_source(rows),
+    }
+
+
+def _rate(rows: Sequence[Row], field: str) -> dict[str, Any] | None:
+    rate: Rate | None = wilson([row[field] for row in rows if row[field] is not None])
+    return None if rate is None else asdict(rate)
+
+
+def _by_source(rows: Sequence[Row]) -> dict[str, Any]:
+    sources = sorted({row["prompt_source"] for row in rows})
+    groups = {source: [r for r in rows if r["prompt_source"] == source] for source in sources}
+    result = {}
+    for source, group in groups.items():
+        score = estimate([row["score"] for row in group if row["score"] is not None])
+        result[source] = {
+            "prompts": len(group),
+            "score": None if score is None else asdict(score),
+            "win_rate_policy0": _rate(group, "p_policy0"),
+        }
+    return result
+
+
+def _drift(
+    context: Context, policy: ModelRef, answers: Sequence[tuple[Prompt, Response]]
+) -> dict[str, Any]:
+    """KL to the round's reference and to policy 0, on samples of the policy at temperature 1."""
+    if context.plan is None:
+        return {"kl_reference": None, "kl_policy0": None}
+    if context.config.evaluation.temperature != 1.0:
+        answers = _answer(context, policy, temperature=1.0)
+    origin = policy_zero(context.run.round(0))
+    reference = context.plan.reference
+    own = _score(context, policy, answers)
+    drift: dict[str, Any] = {}
+    for name, model in (("kl_reference", reference), ("kl_policy0", origin)):
+        if name == "kl_policy0" and model == reference:
+            drift[name] = drift["kl_reference"]
+            continue
+        sequence, token = kl(own, _score(context, model, answers))
+        assert sequence is not None
+        drift[name] = {**asdict(sequence), "per_token": token}
+    return drift
+
+
+def _score(
+    context: Context, model: ModelRef, answers: Sequence[tuple[Prompt, Response]]
+) -> list[list[float]]:
+    result = context.crew.trainer().call(
+        "score",
+        model=context.model_params(model),
+        sequences=[
+            {"prompt": list(p.token_ids), "response": list(r.token_ids)} for p, r in answers
+        ],
+    )
+    logps: list[list[float]] = result["logps"]
+    return logps

@@ -1,0 +1,122 @@
+"""Stage 2: the judge's verdicts on each shard, beginning while later shards are sampled."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections import Counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from online_dpo.records import Prompt, Response
+from online_dpo.stages.context import Context
+from online_dpo.tables import read_table, responses_by_prompt, write_table
+
+if TYPE_CHECKING:
+    from online_dpo.judging import Labels
+
+Row = dict[str, Any]
+
+
+class Labelling:
+    """Labels shards in a thread of its own, in the order they are submitted."""
+
+    def __init__(self, context: Context, *, total: int) -> None:
+        self._context = context
+        self._total = total
+        self._shards: queue.Queue[str | None] = queue.Queue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="label", daemon=True)
+
+    def __enter__(self) -> Labelling:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._context.make_labeller(False).cancel()
+        self._shards.put(None)
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.2)
+        if error is None:
+            self.check()
+
+    def submit(self, shard: str) -> None:
+        """Queue a committed shard. Raises what made an earlier one fail."""
+        self.check()
+        self._shards.put(shard)
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            with self._context.progress.stage("label", total=self._total, unit="prompts") as bar:
+                while (shard := self._shards.get()) is not None:
+                    bar.advance(label_shard(self._context, shard))
+        except BaseException as error:
+            self._failure = error
+
+
+def label_shard(context: Context, shard: str) -> int:
+    """Commit the labels of one shard of samples, if they are missing; returns its prompts."""
+    name = shard.replace("samples/", "labels/")
+    rows = read_table(context.round.verify(shard) / "samples.parquet")
+    prompts = context.load_prompts().by_id
+    items = [(prompts[i], responses) for i, responses in responses_by_prompt(rows).items()]
+    if context.round.has(name):
+        return len(items)
+    labeller = context.make_labeller(False)
+    with context.working("label"):
+        labels = labeller.label(items, purpose=f"round-{context.round.number:03d}")
+        table = [r for item, label in zip(items, labels, strict=True) for r in _rows(item, label)]
+    inputs = {"samples": context.round.manifest(shard)["sha256"]}
+    with context.round.commit(name, inputs=inputs) as draft:
+        write_table(draft.path / "labels.parquet", "labels", table)
+        (draft.path / "metrics.json").write_text(json.dumps(_counts(table), indent=2) + "\n")
+        draft.rows = len(table)
+        draft.facts = {"judge": labeller.identity, "kind": labeller.kind}
+    return len(items)
+
+
+def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
+    """One row a score or a comparison; an invalid one has its reason and no value."""
+    prompt, responses = item
+    empty: Row = {"prompt_id": prompt.id, "second_id": None, "score": None, "p": None, "orders": 0}
+    if labels.scores is not None:
+        return [
+            {**empty, "first_id": response.id, "score": score.value, "reason": score.reason}
+            for response, score in zip(responses, labels.scores, strict=True)
+        ]
+    assert labels.comparisons is not None
+    return [
+        {
+            **empty,
+            "first_id": c.first_id,
+            "second_id": c.second_id,
+            "p": c.p,
+            "reason": c.reason,
+            "orders": c.orders,
+        }
+        for c in labels.comparisons
+    ]
+
+
+def _counts(table: list[Row]) -> dict[str, Any]:
+    """How many verdicts are valid, and why the others are not."""
+    reasons = Counter(str(r["reason"]) for r in table if r["score"] is None and r["p"] is None)
+    scores = [r["score"] for r in table if r["score"] is not None]
+    return {
+        "verdicts": len(table),
+        "valid": len(table) - sum(reasons.values()),
+        "ties": sum(r["p"] == 0.5 for r in table),
+        "invalid": dict(sorted(reasons.items())),
+        "mean_score": sum(scores) / len(scores) if scores else None,
+    }

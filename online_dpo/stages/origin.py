@@ -1,0 +1,235 @@
+"""Round 000: where policy 0 comes from, and the campaign's prompts, tokenized for it once."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from online_dpo.config import PromptSource
+from online_dpo.errors import ConfigError, CorruptError, DriftError
+from online_dpo.files import combined_hash, read_json, sha256_file
+from online_dpo.records import ModelRef, derive_seed
+from online_dpo.resources import find_data
+from online_dpo.stages.canary import write_canary
+from online_dpo.stages.context import Context
+from online_dpo.stages.train import checkpoint_listener, commit_training, latest_checkpoint
+from online_dpo.store import RoundDir, RunDir
+from online_dpo.tables import read_table, write_table
+
+_HUB = "hub:"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
+
+
+def make_origin(context: Context) -> None:
+    """Commit what is missing of the model, the prompts, the sft policy and its canary."""
+    if not context.round.has("model"):
+        _commit_model(context)
+    if not context.round.has("prompts"):
+        _commit_prompts(context)
+    if context.config.pairs.offline is not None and not context.round.has("offline"):
+        _commit_offline(context)
+    if context.config.sft is not None and not context.round.has("policy"):
+        _commit_sft(context)
+    write_canary(context, policy_zero(context.round))
+
+
+def policy_zero(origin: RoundDir) -> ModelRef:
+    """Policy 0: the sft policy, else the model as it was given."""
+    if origin.has("policy"):
+        return origin.ref("policy")
+    return _given(origin)
+
+
+def model_folder(run: RunDir, model: ModelRef) -> Path:
+    """Where a model's files lie here; hub models come from the local cache or the hub."""
+    if not model.path.startswith(_HUB):
+        return run.resolve(model.path)
+    name, _, commit = model.path.removeprefix(_HUB).partition("@")
+    return _snapshot(name, commit)[0]
+
+
+def check_pin(run: RunDir) -> None:
+    """Refuse to go on where the given model's files are not those the campaign started from."""
+    origin = run.round(0)
+    if not origin.has("model") or not (origin.artifact("model") / "pin.json").is_file():
+        return
+    pin = read_json(origin.artifact("model") / "pin.json")
+    folder = model_folder(run, ModelRef(pin["path"], pin["sha256"]))
+    if not folder.is_dir():
+        raise CorruptError(f"The model {folder} that this campaign started from is gone.")
+    hashes = _hashes(folder)
+    changed = sorted(n for n in {*pin["files"], *hashes} if pin["files"].get(n) != hashes.get(n))
+    if changed:
+        raise DriftError(
+            f"The model {folder} has changed since the campaign started: {', '.join(changed)}. "
+            "Bring the original files back, or start another campaign from the new ones.",
+            safe="Everything in the run directory is as it was.",
+        )
+
+
+def _given(origin: RoundDir) -> ModelRef:
+    """The model before any training: made by init, or pinned."""
+    pin = origin.artifact("model") / "pin.json"
+    if not pin.is_file():
+        return origin.ref("model")
+    data = read_json(pin)
+    return ModelRef(data["path"], data["sha256"])
+
+
+def _commit_model(context: Context) -> None:
+    config = context.config.model
+    with context.round.commit("model", inputs={}) as draft:
+        if config.init is not None:
+            assert context.config.sft is not None
+            context.crew.trainer().call(
+                "init_model",
+                init=config.init.model_dump(mode="json"),
+                corpus=str(_table(context.config.sft.demonstrations)),
+                chat_template=config.chat_template,
+                seed=derive_seed(context.config.campaign.seed, "init"),
+                out=str(draft.path),
+            )
+        else:
+            pin = _pin(config.path or "", config.revision)
+            (draft.path / "pin.json").write_text(json.dumps(pin, indent=2) + "\n")
+        draft.facts = {"made_with": context.crew.facts}
+
+
+def _pin(path: str, revision: str | None) -> dict[str, Any]:
+    """Path, commit and file hashes of a local folder or hub model."""
+    if Path(path).is_dir():
+        if revision is not None:
+            raise ConfigError(f"model.revision is for hub models; {path} is a local folder.")
+        folder, recorded = Path(path), str(Path(path).absolute())
+    else:
+        folder, commit = _snapshot(path, revision)
+        recorded = f"{_HUB}{path}@{commit}"
+    hashes = _hashes(folder)
+    if not any(name.endswith(".safetensors") for name in hashes):
+        raise ConfigError(f"{folder} has no .safetensors file; only safetensors weights are read.")
+    return {"path": recorded, "sha256": combined_hash(hashes), "files": hashes}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted({p for pattern in _MODEL_FILES for p in folder.glob(pattern) if p.is_file()})
+    return {file.name: sha256_file(file) for file in files}
+
+
+def _snapshot(name: str, revision: str | None) -> tuple[Path, str]:
+    """A hub model's folder in the local cache and its commit, downloaded where it is missing."""
+    from huggingface_hub import snapshot_download
+
+    for local in (True, False):
+        try:
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=list(_MODEL_FILES),
+                    local_files_only=local,
+                )
+            )
+            return folder, folder.name
+        except Exception as error:
+            if not local:
+                raise ConfigError(
+                    f"model.path {name!r} is neither a folder here nor a hub model that can be "
+                    f"fetched: {type(error).__name__}: {str(error).splitlines()[0]}"
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _commit_prompts(context: Context) -> None:
+    config = context.config.prompts
+    model = _given(context.round)
+    with context.round.commit("prompts", inputs={"model": model.sha256}) as draft:
+        context.crew.trainer().call(
+            "tokenize_prompts",
+            model=str(context.folder(model)),
+            sources=[
+                *(_source(source, "train") for source in config.train),
+                *(_source(source, "eval") for source in config.eval),
+            ],
+            max_tokens=config.max_tokens,
+            out=str(draft.path),
+        )
+        table = draft.path / "prompts.parquet"
+        rows = _hold_out(read_table(table), config.holdout, context.config.campaign.seed)
+        write_table(table, "prompts", rows)
+        draft.rows = len(rows)
+        problems = (draft.path / "problems.jsonl").read_text().splitlines()
+    _report_problems(context, problems)
+
+
+def _source(source: PromptSource, role: str) -> dict[str, Any]:
+    data = source.model_dump(mode="json")
+    return {**data, "path": _table(source.path), "role": role}
+
+
+def _table(path: str) -> str:
+    """A file's place, or a dataset's name as it is."""
+    suffixes = (".jsonl", ".parquet", ".json")
+    return str(find_data(path)) if Path(path).suffix in suffixes else path
+
+
+def _hold_out(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with `count` of the training prompts turned into evaluation prompts, by seed."""
+    train = sorted(row["id"] for row in rows if row["role"] == "train")
+    if count >= len(train) > 0:
+        raise ConfigError(f"prompts.holdout is {count}, but there are only {len(train)} prompts.")
+    held = set(random.Random(derive_seed(seed, "holdout")).sample(train, count))
+    return [{**row, "role": "eval"} if row["id"] in held else row for row in rows]
+
+
+def _report_problems(context: Context, problems: list[str]) -> None:
+    for line in problems[:5]:
+        problem = json.loads(line)
+        context.progress.note(
+            f"prompts: {problem['source']}:{problem['line']} skipped: {problem['reason']}"
+        )
+    if len(problems) > 5:
+        file = context.round.path / "prompts" / "problems.jsonl"
+        context.progress.note(f"prompts: {len(problems) - 5} more were skipped; see {file}")
+
+
+def _commit_offline(context: Context) -> None:
+    offline = context.config.pairs.offline
+    assert offline is not None
+    model = _given(context.round)
+    with context.round.commit("offline", inputs={"model": model.sha256}) as draft:
+        result = context.crew.trainer().call(
+            "tokenize_pairs",
+            model=str(context.folder(model)),
+            source=_table(offline.path),
+            append_eos=offline.append_eos,
+            max_tokens=context.config.prompts.max_tokens,
+            out=str(draft.path),
+        )
+        draft.rows = result["rows"]
+
+
+def _commit_sft(context: Context) -> None:
+    config = context.config
+    assert config.sft is not None
+    model = _given(context.round)
+    inputs = {"model": model.sha256}
+    checkpoint = latest_checkpoint(context)
+    draft = context.round.begin("policy")
+    with context.progress.stage("sft", total=0, unit="steps") as bar, context.working("train"):
+        result = context.crew.trainer().call(
+            "sft",
+            on_event=checkpoint_listener(context, bar, inputs),
+            model=context.model_params(model),
+            demonstrations=_table(config.sft.demonstrations),
+            sft=config.sft.model_dump(mode="json"),
+            max_tokens=config.train.max_tokens,
+            seed=derive_seed(config.campaign.seed, "sft"),
+            out=str(draft.path),
+            checkpoints=str(context.round.path / "checkpoints"),
+            checkpoint_every=config.train.checkpoint_every,
+            resume_from=None if checkpoint is None else str(context.round.path / checkpoint),
+        )
+    commit_training(context, draft, result, inputs)
+    context.round.remove("checkpoints")

@@ -1,0 +1,151 @@
+"""Stage 4: the reference scores the pairs once, then one round of DPO makes the next policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from online_dpo.errors import CorruptError
+from online_dpo.records import ModelRef
+from online_dpo.stages.canary import write_canary
+from online_dpo.stages.context import Context
+from online_dpo.store import Draft
+
+
+def train(context: Context) -> None:
+    """Commit `reference/`, `policy/` (and `optimizer/` where it is carried) and `canary/`."""
+    _score_reference(context)
+    if not context.round.has("policy"):
+        _train_policy(context)
+    for checkpoint in context.round.children("checkpoints"):
+        context.round.remove(checkpoint)
+    context.round.remove("checkpoints")
+    with context.working("train"):
+        write_canary(context, context.round.ref("policy"))
+
+
+def latest_checkpoint(context: Context) -> str | None:
+    """The committed step checkpoint with the most steps, by its manifest, after its hashes held."""
+    names = context.round.children("checkpoints")
+    if not names:
+        return None
+    name = max(names, key=lambda n: int(context.round.manifest(n)["step"]))
+    try:
+        context.round.verify(name)
+    except CorruptError as error:
+        error.remedy = f"rm -r {context.round.path / name}  # training goes on from before it"
+        raise
+    return name
+
+
+def checkpoint_listener(context: Context, bar: Any, inputs: dict[str, str]) -> Any:
+    """Commits step checkpoints as the trainer finishes them and shows its steps."""
+    number = context.round.number
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            bar.set(int(event["step"]), total=int(event["of"]))
+            if event.get("seconds"):
+                rate = event["tokens"] / event["seconds"]
+                context.run.event("step", round=number, step=event["step"], tokens_per_s=rate)
+        elif event["event"] == "checkpoint":
+            commit_checkpoint(context, Path(event["path"]), int(event["step"]), inputs)
+
+    return listen
+
+
+def commit_checkpoint(context: Context, path: Path, step: int, inputs: dict[str, str]) -> None:
+    """Make a finished step checkpoint the one to resume from; the one before goes."""
+    earlier = context.round.children("checkpoints")
+    name = f"checkpoints/step-{step:06d}"
+    context.round.finish(name, Draft(path, facts={"step": step}), inputs=inputs)
+    for old in earlier:
+        if old != name:
+            context.round.remove(old)
+
+
+def _score_reference(context: Context) -> None:
+    if context.round.has("reference"):
+        return
+    plan = context.inputs
+    pairs = context.round.verify("pairs")
+    inputs = {"pairs": context.round.manifest("pairs")["sha256"], "model": plan.reference.sha256}
+    with (
+        context.working("train"),
+        context.round.commit("reference", inputs=inputs) as draft,
+    ):
+        result = context.crew.trainer().call(
+            "score_reference",
+            model=context.model_params(plan.reference),
+            pairs=str(pairs / "pairs.parquet"),
+            out=str(draft.path / "logps.parquet"),
+        )
+        draft.rows = result.get("rows")
+
+
+def _train_policy(context: Context) -> None:
+    plan, config = context.inputs, context.config
+    carry = config.train.optimizer == "carry"
+    inputs = {
+        "policy": plan.policy.sha256,
+        "pairs": context.round.manifest("pairs")["sha256"],
+        "reference": context.round.manifest("reference")["sha256"],
+    }
+    if plan.optimizer is not None:
+        inputs["optimizer"] = plan.optimizer.sha256
+    checkpoint = latest_checkpoint(context)
+    policy = context.round.begin("policy")
+    optimizer = context.round.begin("optimizer") if carry else None
+    with (
+        context.progress.stage("train", total=0, unit="steps") as bar,
+        context.working("train"),
+    ):
+        result = context.crew.trainer().call(
+            "dpo",
+            on_event=checkpoint_listener(context, bar, inputs),
+            model=context.model_params(plan.policy),
+            pairs=str(context.round.verify("pairs") / "pairs.parquet"),
+            reference_logps=str(context.round.verify("reference") / "logps.parquet"),
+            plan={
+                "beta": plan.beta,
+                "learning_rate": plan.learning_rate,
+                "seed": plan.seed,
+                "round": plan.round,
+                "rounds": config.campaign.rounds,
+                "optimizer_step": plan.optimizer_step,
+            },
+            optimizer=_optimizer_folder(context, plan.optimizer),
+            out=str(policy.path),
+            optimizer_out=None if optimizer is None else str(optimizer.path),
+            checkpoints=str(context.round.path / "checkpoints"),
+            resume_from=None if checkpoint is None else str(context.round.path / checkpoint),
+        )
+    if optimizer is not None:
+        optimizer.facts = {"optimizer_step": result["optimizer_step"]}
+        context.round.finish("optimizer", optimizer, inputs=inputs)
+    commit_training(context, policy, result, inputs)
+
+
+def commit_training(
+    context: Context, policy: Draft, result: dict[str, Any], inputs: dict[str, str]
+) -> None:
+    """Commit `training/` (the steps' metrics, kept when a policy is pruned), then `policy/`."""
+    with context.round.commit("training", inputs=inputs) as training:
+        steps = policy.path / "train_metrics.jsonl"
+        (training.path / "steps.jsonl").write_bytes(steps.read_bytes())
+        text = json.dumps(result, indent=2, sort_keys=True) + "\n"
+        (training.path / "metrics.json").write_text(text)
+        training.rows = result["steps"]
+    for name in ("train_metrics.jsonl", "summary.json"):
+        (policy.path / name).unlink(missing_ok=True)
+    policy.facts = {"made_with": context.crew.facts}
+    context.round.finish("policy", policy, inputs=inputs)
+    context.crew.trainer().call("adopt", sha256=context.round.manifest("policy")["sha256"])
+
+
+def _optimizer_folder(context: Context, optimizer: ModelRef | None) -> str | None:
+    if optimizer is None:
+        return None
+    number = int(Path(optimizer.path).parts[1])
+    return str(context.run.round(number).verify("optimizer"))

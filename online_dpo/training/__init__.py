@@ -1,0 +1,1 @@
+"""Training a policy: supervised and by preferences. Knows nothing of rounds or run directories."""

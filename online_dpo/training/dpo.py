@@ -1,0 +1,127 @@
+"""Direct preference optimization as an objective of the shared loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from online_dpo.training.batching import pad_sequences
+from online_dpo.training.data import Pair
+from online_dpo.training.logprobs import sum_rows, token_logps
+from online_dpo.training.loop import LoopSettings, Terms
+from online_dpo.training.losses import LOSSES, implicit_rewards, nll_per_token
+
+
+class DpoObjective:
+    """The preference loss of pairs against recorded reference log-probs (nats, float64)."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        reference_chosen_logps: Sequence[float],
+        reference_rejected_logps: Sequence[float],
+        *,
+        loss: str,
+        beta: float,
+        label_smoothing: float,
+        nll_weight: float,
+        device: torch.device,
+    ) -> None:
+        self.pairs = pairs
+        self.reference_chosen_logps = torch.tensor(reference_chosen_logps, dtype=torch.float64)
+        self.reference_rejected_logps = torch.tensor(reference_rejected_logps, dtype=torch.float64)
+        self.loss_function = LOSSES[loss]
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.nll_weight = nll_weight
+        self.device = device
+        self.lengths = [
+            2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs
+        ]
+        self.weights = [1] * len(pairs)
+        self.fingerprint = self._fingerprint(loss)
+
+    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms:
+        pairs = [self.pairs[item] for item in items]
+        prompts = [pair.prompt for pair in pairs]
+        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        batch = pad_sequences(prompts + prompts, responses).to(self.device)
+        chosen, rejected = sum_rows(token_logps(model, batch), batch).chunk(2)  # (B,) each
+        index = torch.tensor(items)
+        reference_chosen = self.reference_chosen_logps[index].to(self.device)
+        reference_rejected = self.reference_rejected_logps[index].to(self.device)
+        losses = self.loss_function(
+            chosen,
+            rejected,
+            reference_chosen,
+            reference_rejected,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+        if self.nll_weight:
+            lengths = chosen.new_tensor([len(pair.chosen) for pair in pairs])
+            losses = losses + self.nll_weight * nll_per_token(chosen, lengths)
+        with torch.no_grad():
+            chosen_rewards = implicit_rewards(chosen, reference_chosen, beta=self.beta)
+            rejected_rewards = implicit_rewards(rejected, reference_rejected, beta=self.beta)
+            margins = chosen_rewards - rejected_rewards
+            metrics = {
+                "margin": margins.sum(),
+                "accuracy": (margins > 0).double().sum(),
+                "chosen_logp": chosen.sum(),
+                "rejected_logp": rejected.sum(),
+                "chosen_reward": chosen_rewards.sum(),
+                "rejected_reward": rejected_rewards.sum(),
+            }
+        return Terms(losses.sum(), metrics)
+
+    def _fingerprint(self, loss: str) -> str:
+        digest = hashlib.sha256(
+            repr((loss, self.beta, self.label_smoothing, self.nll_weight)).encode()
+        )
+        for pair in self.pairs:
+            digest.update(pair.pair_id.encode())
+            for ids in (pair.prompt, pair.chosen, pair.rejected):
+                digest.update(np.array([len(ids), *ids]).tobytes())
+        digest.update(self.reference_chosen_logps.numpy().tobytes())
+        digest.update(self.reference_rejected_logps.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSettings:
+    """The loop's settings from TrainConfig's fields and the round's plan.
+
+    A carried optimizer's schedule spans the campaign: a round is one of `rounds` equal stretches.
+    """
+    carried = train["optimizer"] == "carry"
+    return LoopSettings(
+        learning_rate=plan["learning_rate"],
+        schedule=train["schedule"],
+        warmup=train["warmup"],
+        batch_size=train["batch_size"],
+        micro_batch_size=train["micro_batch_size"],
+        epochs=train["epochs"],
+        weight_decay=train["weight_decay"],
+        adam_betas=tuple(train["adam_betas"]),
+        max_grad_norm=train["max_grad_norm"],
+        checkpoint_every=train["checkpoint_every"],
+        seed=plan["seed"],
+        stretch=plan["round"] - 1 if carried else 0,
+        stretches=plan["rounds"] if carried else 1,
+    )
+
+
+def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """A round's figures: of the first step, of the last, and means over steps."""
+    first, last = metrics[0], metrics[-1]
+    names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "grad_norm")
+    return {
+        **{f"first_{name}": first[name] for name in names},
+        **{f"last_{name}": last[name] for name in names},
+        **{f"mean_{name}": sum(row[name] for row in metrics) / len(metrics) for name in names},
+    }

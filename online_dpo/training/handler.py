@@ -1,0 +1,301 @@
+"""What the trainer's worker does on request: every argument and result is plain JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from online_dpo import models
+from online_dpo.errors import ConfigError
+from online_dpo.tokenization import prepare_prompts
+from online_dpo.training import dpo
+from online_dpo.training.cache import ModelCache
+from online_dpo.training.checkpoints import save_optimizer, write_jsonl
+from online_dpo.training.data import (
+    Skipped,
+    demonstration_texts,
+    length_limit,
+    read_demonstrations,
+    read_pairs,
+    read_reference_logps,
+)
+from online_dpo.training.loop import Emit, train
+from online_dpo.training.prompts import write_prompts
+from online_dpo.training.reference import score_pairs, score_sequences, write_reference_logps
+from online_dpo.training.sft import SftObjective
+from online_dpo.training.sft import loop_settings as sft_loop_settings
+from online_dpo.training.sft import summarize as summarize_sft
+
+METRICS_FILE = "train_metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+
+
+class Trainer:
+    """Makes, trains and scores models; keeps the last one in memory between calls.
+
+    With several processes each makes the same calls; the first writes and emits.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """`settings`: device, threads, num_processes, and the dumps of TrainConfig and ModelConfig.
+
+        Raises ConfigError where the device or the number of processes is not there.
+        """
+        self.train_config: Mapping[str, Any] = settings["train"]
+        self.model_config: Mapping[str, Any] = settings["model"]
+        device = settings["device"]
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("train: device cuda is asked for, and torch finds no GPU.")
+        if settings["threads"] is not None:
+            torch.set_num_threads(settings["threads"])
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        if self.accelerator.num_processes != settings["num_processes"]:
+            raise ConfigError(
+                f"train.num_processes is {settings['num_processes']}, and "
+                f"{self.accelerator.num_processes} were started."
+            )
+        self.models = ModelCache(
+            device=self.accelerator.device,
+            attention=self.model_config["attention"],
+            precision=self.train_config["precision"],
+            trust_remote_code=self.model_config["trust_remote_code"],
+            gradient_checkpointing=self.train_config["gradient_checkpointing"],
+        )
+
+    def init_model(
+        self,
+        *,
+        emit: Emit,
+        init: Mapping[str, Any],
+        corpus: str,
+        chat_template: str | None,
+        seed: int,
+        out: str,
+    ) -> dict[str, Any]:
+        """Write a model with random weights and a tokenizer trained on the demonstrations.
+
+        `chat_template` is the path of a template file.
+        """
+        if not self._first:
+            return {}
+        template = models.read_chat_template(Path(chat_template)) if chat_template else None
+        tokenizer = models.train_tokenizer(
+            demonstration_texts(corpus), vocab_size=init["vocab_size"], chat_template=template
+        )
+        model = models.make_model(
+            init,
+            vocab_size=len(tokenizer),
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            seed=seed,
+        )
+        models.save_model(model, Path(out), dtype=self.model_config["dtype"])
+        tokenizer.save_pretrained(out)
+        return {"vocab_size": len(tokenizer), "parameters": model.num_parameters()}
+
+    def tokenize_prompts(
+        self,
+        *,
+        emit: Emit,
+        model: str,
+        sources: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        out: str,
+    ) -> dict[str, Any]:
+        """Write `prompts.parquet` and `problems.jsonl`; the result counts both."""
+        if not self._first:
+            return {}
+        prompts, problems = prepare_prompts(
+            self._tokenizer(Path(model)), sources, max_tokens=max_tokens
+        )
+        write_prompts(Path(out), prompts, problems)
+        roles = [sourced.role for sourced in prompts]
+        return {
+            "train": roles.count("train"),
+            "eval": roles.count("eval"),
+            "problems": len(problems),
+        }
+
+    def score(
+        self,
+        *,
+        emit: Emit,
+        model: Mapping[str, str],
+        sequences: Sequence[Mapping[str, Sequence[int]]],
+    ) -> dict[str, Any]:
+        """Raw log-probs (nats, temperature 1) of the tokens of each {prompt, response}."""
+        loaded = self.models.get(Path(model["path"]), model["sha256"])
+        pairs = [(sequence["prompt"], sequence["response"]) for sequence in sequences]
+        logps = score_sequences(
+            loaded, pairs, batch_size=self._score_batch, accelerator=self.accelerator, emit=emit
+        )
+        return {"logps": logps}
+
+    def score_reference(
+        self, *, emit: Emit, model: Mapping[str, str], pairs: str, out: str
+    ) -> dict[str, Any]:
+        """Write the reference's log-probs of each pair that training will not skip to `out`."""
+        loaded = self.models.get(Path(model["path"]), model["sha256"])
+        kept, skipped = read_pairs(Path(pairs), self._limit(loaded.model))
+        chosen, rejected = score_pairs(
+            loaded, kept, batch_size=self._score_batch, accelerator=self.accelerator, emit=emit
+        )
+        if self._first:
+            write_reference_logps(Path(out), kept, chosen, rejected)
+        return {"pairs": len(kept), **_skipped(skipped)}
+
+    def sft(
+        self,
+        *,
+        emit: Emit,
+        model: Mapping[str, str],
+        demonstrations: str,
+        sft: Mapping[str, Any],
+        max_tokens: int | None,
+        seed: int,
+        out: str,
+        checkpoints: str,
+        checkpoint_every: int,
+        resume_from: str | None,
+    ) -> dict[str, Any]:
+        """Fine-tune on demonstrations and write the policy folder `out`."""
+        folder = Path(model["path"])
+        policy = self.models.take(folder, model["sha256"])
+        limit = length_limit(max_tokens, models.max_length(policy.model))
+        rows, skipped = read_demonstrations(demonstrations, self._tokenizer(folder), limit)
+        trained = train(
+            policy,
+            SftObjective(rows, device=policy.device),
+            sft_loop_settings(sft, self.train_config, seed=seed, checkpoint_every=checkpoint_every),
+            accelerator=self.accelerator,
+            emit=emit,
+            checkpoints=Path(checkpoints),
+            resume_from=_path(resume_from),
+        )
+        summary = {
+            "steps": trained.steps,
+            "demonstrations": len(rows),
+            **_skipped(skipped),
+            **summarize_sft(trained.metrics),
+        }
+        self._save_policy(policy.model, folder, Path(out), trained.metrics, summary)
+        return summary
+
+    def dpo(
+        self,
+        *,
+        emit: Emit,
+        model: Mapping[str, str],
+        pairs: str,
+        reference_logps: str,
+        plan: Mapping[str, Any],
+        optimizer: str | None,
+        out: str,
+        optimizer_out: str | None,
+        checkpoints: str,
+        resume_from: str | None,
+    ) -> dict[str, Any]:
+        """Train one round; write the policy folder `out` and, where given, `optimizer_out`.
+
+        `plan` has beta, learning_rate, seed, round, rounds and optimizer_step.
+        """
+        folder = Path(model["path"])
+        policy = self.models.take(folder, model["sha256"])
+        kept, skipped = read_pairs(Path(pairs), self._limit(policy.model))
+        chosen, rejected = read_reference_logps(Path(reference_logps), kept)
+        objective = dpo.DpoObjective(
+            kept,
+            chosen,
+            rejected,
+            loss=self.train_config["loss"],
+            beta=plan["beta"],
+            label_smoothing=self.train_config["label_smoothing"],
+            nll_weight=self.train_config["nll_weight"],
+            device=policy.device,
+        )
+        trained = train(
+            policy,
+            objective,
+            dpo.loop_settings(self.train_config, plan),
+            accelerator=self.accelerator,
+            emit=emit,
+            checkpoints=Path(checkpoints),
+            resume_from=_path(resume_from),
+            optimizer_from=_path(optimizer),
+        )
+        summary = {
+            "steps": trained.steps,
+            "optimizer_step": plan["optimizer_step"] + trained.steps,
+            "pairs": len(kept),
+            **_skipped(skipped),
+            **dpo.summarize(trained.metrics),
+        }
+        self._save_policy(policy.model, folder, Path(out), trained.metrics, summary)
+        if optimizer_out is not None and self._first:
+            save_optimizer(Path(optimizer_out), policy.model, trained.optimizer)
+        return summary
+
+    def adopt(self, *, emit: Emit, sha256: str) -> dict[str, Any]:
+        """Learn the hash of the policy saved last, so that it need not be loaded again."""
+        self.models.adopt(sha256)
+        return {}
+
+    def release(self, *, emit: Emit) -> dict[str, Any]:
+        """Free the device for the sampler."""
+        self.models.release()
+        return {}
+
+    def close(self) -> None:
+        """Drop every model and leave the process group."""
+        self.models.clear()
+        self.accelerator.end_training()
+
+    @property
+    def _first(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def _score_batch(self) -> int:
+        return 2 * int(self.train_config["micro_batch_size"])
+
+    def _limit(self, model: PreTrainedModel) -> Any:
+        return length_limit(self.train_config["max_tokens"], models.max_length(model))
+
+    def _tokenizer(self, folder: Path) -> Any:
+        return models.load_tokenizer(
+            folder,
+            chat_template=_path(self.model_config["chat_template"]),
+            trust_remote_code=self.model_config["trust_remote_code"],
+        )
+
+    def _save_policy(
+        self,
+        model: PreTrainedModel,
+        source: Path,
+        out: Path,
+        metrics: list[dict[str, Any]],
+        summary: Mapping[str, Any],
+    ) -> None:
+        """Weights, configs, the tokenizer's files unchanged, each step's metrics and a summary."""
+        dtype = self.model_config["dtype"]
+        if not self._first:
+            models.round_weights(model, dtype)
+            return
+        models.save_model(model, out, dtype=dtype)
+        models.copy_tokenizer(source, out, trust_remote_code=self.model_config["trust_remote_code"])
+        write_jsonl(out / METRICS_FILE, metrics)
+        (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _skipped(skipped: Skipped) -> dict[str, Any]:
+    return {"skipped": dict(skipped.counts), "skipped_examples": skipped.examples}
+
+
+def _path(path: str | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,252 @@
+"""The optimizer loop that SFT and DPO share: exact averages, clipping, schedule, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from online_dpo.errors import DivergedError
+from online_dpo.training.batching import Step, deal, plan_steps
+from online_dpo.training.checkpoints import (
+    Progress,
+    load_checkpoint,
+    load_optimizer,
+    save_checkpoint,
+)
+from online_dpo.training.learning_rate import lr_multiplier
+from online_dpo.training.logprobs import LogProbModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one micro-batch adds to a step: sums over its items, not means.
+
+    `loss` is a scalar with a gradient, `metrics` are scalars without.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised: over a step's items, the sum of losses / the sum of weights."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each item, for batches of like length."""
+
+    @property
+    def weights(self) -> Sequence[int]:
+        """What each item counts: 1 for a pair, its response tokens for a demonstration."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the data; a checkpoint made with other data is refused."""
+
+    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """The optimizer's settings; counts of items are over all processes, but for the micro-batch."""
+
+    learning_rate: float
+    schedule: str
+    warmup: float
+    batch_size: int
+    micro_batch_size: int
+    epochs: float
+    weight_decay: float
+    adam_betas: tuple[float, float]
+    max_grad_norm: float
+    checkpoint_every: int
+    seed: int
+    stretch: int = 0
+    """Which of `stretches` equal parts of the schedule this run is, from 0."""
+    stretches: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished run: metrics of every step, and the optimizer with its state."""
+
+    metrics: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer
+    steps: int
+
+
+def train(
+    model: LogProbModel,
+    objective: Objective,
+    settings: LoopSettings,
+    *,
+    accelerator: Accelerator,
+    emit: Emit,
+    checkpoints: Path,
+    resume_from: Path | None = None,
+    optimizer_from: Path | None = None,
+) -> Trained:
+    """Train `model` in place.
+
+    The gradient of a step is that of the mean over the step's items, however these are divided into
+    micro-batches and processes. Raises DivergedError before a step that is not finite.
+    """
+    steps = plan_steps(
+        len(objective.lengths),
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        seed=settings.seed,
+    )
+    inner = make_optimizer(model.model, settings)
+    same = _must_agree(objective, settings)
+    metrics: list[dict[str, Any]] = []
+    first = 0
+    if resume_from is not None:
+        progress = load_checkpoint(resume_from, model.model, inner, settings=same)
+        metrics, first = progress.metrics, progress.step
+        assert steps[first].cursor == progress.cursor
+    elif optimizer_from is not None:
+        load_optimizer(optimizer_from, model.model, inner)
+    wrapped, optimizer = accelerator.prepare(model, inner)
+    try:
+        for number, step in enumerate(steps[first:], start=first + 1):
+            rate = settings.learning_rate * lr_multiplier(
+                settings.stretch * len(steps) + number - 1,
+                steps=settings.stretches * len(steps),
+                warmup=settings.warmup,
+                schedule=settings.schedule,
+            )
+            row = _take_step(
+                wrapped, optimizer, objective, step, settings, accelerator, number, rate
+            )
+            metrics.append({"step": number, **row})
+            if not accelerator.is_main_process:
+                continue
+            tokens = sum(objective.lengths[item] for item in step.items)
+            event = {"step": number, "of": len(steps), "metrics": row, "tokens": tokens}
+            emit({"event": "step", **event})
+            if number < len(steps) and _checkpoint_due(number, settings):
+                folder = checkpoints / f"step-{number:06d}.partial"
+                following = steps[number]
+                progress = Progress(number, following.cursor, following.epoch, same, metrics)
+                save_checkpoint(folder, model.model, inner, progress)
+                emit({"event": "checkpoint", "path": str(folder), "step": number})
+    finally:
+        # Accelerate holds on to what it prepared; its own way to let go collects garbage for 0.1 s.
+        accelerator._models.clear()
+        accelerator._optimizers.clear()
+    return Trained(metrics, inner, len(steps))
+
+
+def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on norms and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        fused=True,
+    )
+
+
+def _take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    step: Step,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    number: int,
+    learning_rate: float,
+) -> dict[str, float]:
+    """One optimizer step; returns the means of its metrics."""
+    batches = deal(
+        step.items,
+        objective.lengths,
+        size=settings.micro_batch_size,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    total = sum(objective.weights[item] for item in step.items)
+    sums: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            terms = objective(model, batch.items)
+            # Data parallelism averages over processes; the mean wanted is over the step's items.
+            scale = accelerator.num_processes / total if batch.real else 0.0
+            accelerator.backward(terms.loss * scale)
+        if batch.real:
+            for name, value in {"loss": terms.loss.detach(), **terms.metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+    means = _means(sums, terms, total, accelerator)
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    means["grad_norm"] = float(grad_norm)
+    means["learning_rate"] = learning_rate
+    if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
+        optimizer.zero_grad()
+        raise _diverged(number, means)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return means
+
+
+def _checkpoint_due(number: int, settings: LoopSettings) -> bool:
+    every = settings.checkpoint_every
+    return every > 0 and number % every == 0
+
+
+def _means(
+    sums: Mapping[str, Tensor], terms: Terms, total: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Means over the step's items from one process's sums; `terms` names the metrics."""
+    names = ["loss", *terms.metrics]
+    zero = terms.loss.new_zeros((), dtype=torch.float64)
+    stacked = torch.stack([sums.get(name, zero).double() for name in names])
+    reduced = accelerator.reduce(stacked, reduction="sum")
+    return dict(zip(names, (reduced / total).tolist(), strict=True))
+
+
+def _diverged(number: int, means: Mapping[str, float]) -> DivergedError:
+    values = ", ".join(f"{name} {value:.6g}" for name, value in means.items())
+    return DivergedError(
+        f"Training diverged at step {number}: the loss or the gradient is not finite ({values}). "
+        "No weight was changed by this step. A lower learning rate or a higher beta usually helps."
+    )
+
+
+def _must_agree(objective: Objective, settings: LoopSettings) -> dict[str, Any]:
+    """What a resumed run shares with the one that wrote the checkpoint."""
+    return {
+        "data": objective.fingerprint,
+        "num_items": len(objective.lengths),
+        "learning_rate": settings.learning_rate,
+        "schedule": settings.schedule,
+        "warmup": settings.warmup,
+        "batch_size": settings.batch_size,
+        "epochs": settings.epochs,
+        "weight_decay": settings.weight_decay,
+        "adam_betas": settings.adam_betas,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "stretch": settings.stretch,
+        "stretches": settings.stretches,
+    }

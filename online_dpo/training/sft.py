@@ -1,0 +1,70 @@
+"""Supervised fine-tuning as an objective of the shared loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from online_dpo.training.batching import pad_sequences
+from online_dpo.training.data import Demonstration
+from online_dpo.training.logprobs import token_logps
+from online_dpo.training.loop import LoopSettings, Terms
+
+
+class SftObjective:
+    """Cross entropy of response tokens: the mean over all response tokens of a step."""
+
+    def __init__(self, demonstrations: Sequence[Demonstration], *, device: torch.device) -> None:
+        self.demonstrations = demonstrations
+        self.device = device
+        self.lengths = [len(d.prompt) + len(d.response) for d in demonstrations]
+        self.weights = [len(d.response) for d in demonstrations]
+        digest = hashlib.sha256()
+        for demonstration in demonstrations:
+            for ids in (demonstration.prompt, demonstration.response):
+                digest.update(np.array([len(ids), *ids]).tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms:
+        demonstrations = [self.demonstrations[item] for item in items]
+        batch = pad_sequences(
+            [d.prompt for d in demonstrations], [d.response for d in demonstrations]
+        ).to(self.device)
+        return Terms(-token_logps(model, batch).double().sum(), {})
+
+
+def loop_settings(
+    sft: Mapping[str, Any], train: Mapping[str, Any], *, seed: int, checkpoint_every: int
+) -> LoopSettings:
+    """The loop's settings from SftConfig's fields; what these leave open is as in TrainConfig.
+
+    A micro-batch holds as many sequences as one of pairs does.
+    """
+    return LoopSettings(
+        learning_rate=sft["learning_rate"],
+        schedule=sft["schedule"],
+        warmup=sft["warmup"],
+        batch_size=sft["batch_size"],
+        micro_batch_size=2 * train["micro_batch_size"],
+        epochs=sft["epochs"],
+        weight_decay=sft["weight_decay"],
+        adam_betas=tuple(train["adam_betas"]),
+        max_grad_norm=train["max_grad_norm"],
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+
+
+def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The loss per token of the first and the last step, and its mean over the last tenth."""
+    tail = metrics[-max(1, len(metrics) // 10) :]
+    return {
+        "first_loss": metrics[0]["loss"],
+        "last_loss": metrics[-1]["loss"],
+        "final_loss": sum(row["loss"] for row in tail) / len(tail),
+    }

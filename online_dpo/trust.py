@@ -1,0 +1,60 @@
+"""Code that a config names: nothing of a run directory is run unless its user repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from online_dpo.config import Config
+from online_dpo.errors import ConfigError
+from online_dpo.plugins import names_code
+
+_CODE_ENGINE_KEYS = ("worker_cls", "worker_extension_cls", "logits_processors", "scheduler_cls")
+
+
+def code_fields(config: Config) -> Iterator[tuple[str, str]]:
+    """(field, value) for everything in a config that names code to run."""
+    judges = [("judge.name", config.judge)]
+    if config.evaluation.judge is not None:
+        judges.append(("evaluation.judge.name", config.evaluation.judge))
+    for field, judge in judges:
+        if names_code(judge.name):
+            yield field, judge.name
+    if names_code(config.pairs.selector):
+        yield "pairs.selector", config.pairs.selector
+    if config.model.trust_remote_code:
+        yield "model.trust_remote_code", "true"
+    if config.sampling.reload_command is not None:
+        yield "sampling.reload_command", config.sampling.reload_command
+    for endpoint in config.sampling.endpoints:
+        if endpoint.reload_url is not None:
+            yield "sampling.endpoints.reload_url", endpoint.reload_url
+    for key, value in config.sampling.engine.items():
+        if _imports_code(key, value):
+            yield f"sampling.engine.{key}", str(value)
+    for key, value in config.train.launch.items():
+        yield f"train.launch.{key}", str(value)
+
+
+def check_trust(config: Config, trusted: Sequence[str], *, run: Path) -> None:
+    """Raise ConfigError unless every piece of code that the config names is in `trusted`."""
+    missing = [f"{field}={value}" for field, value in code_fields(config)]
+    missing = [entry for entry in missing if entry not in trusted]
+    if missing:
+        named = "\n".join(f"  {entry}" for entry in missing)
+        flags = " ".join(f"--trust {_quoted(entry)}" for entry in missing)
+        raise ConfigError(
+            f"{run} names code to run:\n{named}\nIf you know it and where it comes from, say so.",
+            remedy=f"online-dpo resume {run} {flags}",
+        )
+
+
+def _imports_code(key: str, value: Any) -> bool:
+    return key in _CODE_ENGINE_KEYS or (key == "trust_remote_code" and bool(value))
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

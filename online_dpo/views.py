@@ -1,0 +1,212 @@
+"""What a campaign has come to, read from its files: for `status`, the report and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from online_dpo.campaign import current_config, is_finished
+from online_dpo.errors import ConfigError
+from online_dpo.files import read_json
+from online_dpo.locks import holder
+from online_dpo.stages.origin import model_folder
+from online_dpo.store import RoundDir, RunDir, read_lines
+from online_dpo.tables import read_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from online_dpo.config import Config
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """A round in figures. Rates are {value, low, high, count}, estimates {mean, stderr, count}."""
+
+    round: int
+    stage: str
+    """done, or the stage that comes next."""
+    prompts: int
+    samples: int
+    pairs: int
+    responses: dict[str, int]
+    """Responses by fate."""
+    policy: dict[str, str] | None
+    reference: dict[str, str] | None
+    promoted: bool | None
+    why: str | None
+    training: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    wall_s: float | None
+    busy_s: dict[str, float]
+    """Seconds of sampling, labelling, training and so on."""
+    fixed_s: float | None
+    """Wall time less the work of all stages."""
+
+
+class Campaign:
+    """A run directory, to look at and take results from; nothing here writes."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._run = RunDir(run_dir)
+        self._run.require()
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._run.path
+
+    @property
+    def config(self) -> Config:
+        """The config with its accepted changes."""
+        return current_config(self._run)
+
+    @property
+    def state(self) -> str:
+        """running, finished, or stopped."""
+        if is_finished(self._run, self.config):
+            return "finished"
+        return "running" if holder(self._run.path) is not None else "stopped"
+
+    def rounds(self) -> list[RoundView]:
+        """Every round that has begun, round 0 first."""
+        timings = _timings(self._run)
+        return [_view(r, timings.get(r.number, {})) for r in self._run.rounds()]
+
+    def status(self) -> dict[str, Any]:
+        """All of the above as plain JSON types."""
+        config = self.config
+        rounds = self.rounds()
+        return {
+            "run_dir": str(self.path),
+            "name": config.campaign.name,
+            "state": self.state,
+            "rounds_done": sum(1 for r in rounds if r.stage == "done" and r.round > 0),
+            "rounds_total": config.campaign.rounds,
+            "rounds": [asdict(r) for r in rounds],
+        }
+
+    def pairs(self, round: int | None = None) -> Dataset:
+        """The preferences of a round, or of all, as a `datasets.Dataset`: prompt, chosen, rejected.
+
+        Prompts that were messages stay messages, and so do their responses.
+        """
+        from datasets import Dataset
+
+        return Dataset.from_list(preference_rows(self._run, round))
+
+    def policy(self, round: int | None = None) -> Path:
+        """The folder of a round's policy, of the last finished one without a number."""
+        done = [r for r in self._run.rounds() if r.finished]
+        if round is not None:
+            done = [r for r in done if r.number == round]
+        if not done:
+            which = "" if round is None else f" {round}"
+            raise ConfigError(f"{self.path} has no finished round{which}.")
+        from online_dpo.records import model_ref_from_dict
+
+        model = model_ref_from_dict(done[-1].manifest()["policy"])
+        assert model is not None
+        folder = model_folder(self._run, model)
+        if not folder.is_dir():
+            number = done[-1].number
+            raise ConfigError(f"The policy of round {number} was deleted by campaign.retention.")
+        return folder
+
+    def answers(self, round: int) -> list[dict[str, Any]]:
+        """The evaluation answers of a round's policy; empty where it was not evaluated."""
+        directory = self._run.round(round)
+        if not directory.has("evaluation"):
+            return []
+        return read_table(directory.path / "evaluation" / "answers.parquet")
+
+
+def preference_rows(run: RunDir, number: int | None = None) -> list[dict[str, Any]]:
+    """Preferences in the prompt/chosen/rejected form that TRL and datasets read."""
+    from online_dpo.stages.context import read_prompts
+
+    prompts = read_prompts(run).by_id
+    rounds = run.rounds() if number is None else [run.round(number)]
+    rows = []
+    for directory in rounds:
+        if not directory.has("pairs"):
+            continue
+        for row in read_table(directory.artifact("pairs") / "pairs.parquet"):
+            prompt = prompts.get(row["prompt_id"])
+            rows.append({**_conversation(prompt, row), **_provenance(directory.number, row)})
+    return rows
+
+
+def _conversation(prompt: Any, row: dict[str, Any]) -> dict[str, Any]:
+    if prompt is None or prompt.text is not None:
+        text = "" if prompt is None else prompt.text
+        return {"prompt": text, "chosen": row["chosen_text"], "rejected": row["rejected_text"]}
+    return {
+        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+        "chosen": [{"role": "assistant", "content": row["chosen_text"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected_text"]}],
+    }
+
+
+def _provenance(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("pair_id", "prompt_source", "margin", "p", "origin")
+    return {"round": number, **{key: row[key] for key in keys}}
+
+
+def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
+    manifest = directory.manifest() if directory.finished else {}
+    plan = directory.plan() if directory.planned and directory.number else None
+    pairs = _metrics(directory, "pairs") or {}
+    shards = directory.children("samples")
+    policy = manifest.get("policy")
+    return RoundView(
+        round=directory.number,
+        stage="done" if manifest else _stage(directory),
+        prompts=len(plan.prompt_ids) if plan else 0,
+        samples=sum(directory.manifest(name)["rows"] for name in shards),
+        pairs=int(pairs.get("pairs", 0)),
+        responses=dict(pairs.get("responses", {})),
+        policy=policy,
+        reference=asdict(plan.reference) if plan else None,
+        promoted=manifest.get("promoted"),
+        why=manifest.get("why"),
+        training=_metrics(directory, "training"),
+        evaluation=_metrics(directory, "evaluation"),
+        wall_s=timing.get("wall_s"),
+        busy_s=timing.get("busy_s", {}),
+        fixed_s=timing.get("fixed_s"),
+    )
+
+
+def _metrics(directory: RoundDir, name: str) -> dict[str, Any] | None:
+    if not directory.has(name):
+        return None
+    data: dict[str, Any] = read_json(directory.path / name / "metrics.json")
+    return data
+
+
+def _stage(directory: RoundDir) -> str:
+    """The stage that an unfinished round is at."""
+    if directory.number == 0:
+        return "evaluate" if directory.has("canary") else "origin"
+    if directory.has("evaluation"):
+        return "promote"
+    if directory.has("policy"):
+        return "evaluate"
+    if directory.has("pairs"):
+        return "train"
+    labelled = len(directory.children("labels"))
+    return "label" if directory.children("samples") and labelled else "sample"
+
+
+def _timings(run: RunDir) -> dict[int, dict[str, Any]]:
+    """The last recorded timing of every round that ended."""
+    events = read_lines(run.path / "events.jsonl")
+    return {int(e["round"]): e for e in events if e["event"] == "round ended"}
+
+
+def evaluated(rounds: Sequence[RoundView]) -> list[RoundView]:
+    """The rounds with an evaluation."""
+    return [r for r in rounds if r.evaluation is not None]

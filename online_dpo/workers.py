@@ -1,0 +1,285 @@
+"""Starting, feeding and ending worker processes: JSON lines over a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from online_dpo.errors import BY_NAME, CampaignError, EngineError
+
+Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
+
+SOCKET_ENV = "ONLINE_DPO_SOCKET"
+TOKEN_ENV = "ONLINE_DPO_TOKEN"
+RUN_ENV = "ONLINE_DPO_RUN"
+START_TIMEOUT_S = 180.0
+
+
+class Worker(Protocol):
+    """Something that does one thing at a time when asked by name."""
+
+    def call(self, method: str, *, on_event: OnEvent | None = None, **params: Any) -> Event:
+        """Run a method; its progress goes to `on_event`, its result is returned."""
+
+    def close(self) -> None:
+        """End it and free all it holds. Safe to repeat."""
+
+
+class InlineWorker:
+    """A handler in this very process, made when first used: one process serves on a small CPU."""
+
+    def __init__(self, make_handler: Callable[[], Any]) -> None:
+        self._make_handler = make_handler
+        self._handler: Any = None
+
+    def call(self, method: str, *, on_event: OnEvent | None = None, **params: Any) -> Event:
+        if self._handler is None:
+            self._handler = self._make_handler()
+        result: Event = getattr(self._handler, method)(emit=on_event or _ignore, **params)
+        return result
+
+    def close(self) -> None:
+        if self._handler is not None:
+            self._handler.close()
+            self._handler = None
+
+
+class ChildWorker:
+    """A handler in a process of its own, or in several that all get the same calls.
+
+    `handler` is `module:class`; `launcher` stands before `-m online_dpo.worker_main`, e.g. python
+    itself or `accelerate launch`. Every process connects to the socket and exits when it closes.
+    The process starts with the first call.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        handler: str,
+        settings: Mapping[str, Any],
+        *,
+        run: Path,
+        log: Path,
+        launcher: Sequence[str] = (sys.executable,),
+        num_processes: int = 1,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.role = role
+        self.log = log
+        self._handler = handler
+        self._settings = dict(settings)
+        self._run = run
+        self._launcher = list(launcher)
+        self._num_processes = num_processes
+        self._env = dict(env or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ranks: list[_Line] = []
+        self._folder: Path | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker (of its launcher, where it has one), if it runs."""
+        return None if self._process is None else self._process.pid
+
+    def call(self, method: str, *, on_event: OnEvent | None = None, **params: Any) -> Event:
+        if self._process is None:
+            self._start()
+        try:
+            for rank in self._ranks:
+                rank.send({"method": method, "params": params})
+            return self._collect(on_event or _ignore)
+        except (OSError, EOFError) as error:
+            raise self._died(method) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        for rank in self._ranks:
+            rank.close()
+        self._ranks = []
+        if process is not None:
+            _end(process)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _start(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="online-dpo-"))
+        address = str(self._folder / "socket")
+        token = secrets.token_hex(16)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(address)
+            server.listen()
+            server.settimeout(0.2)
+            self._process = self._spawn(address, token)
+            try:
+                self._ranks = self._accept(server, token)
+            except BaseException:
+                self.close()
+                raise
+        hello = {"handler": self._handler, "settings": self._settings}
+        for rank in self._ranks:
+            rank.send(hello)
+
+    def _spawn(self, address: str, token: str) -> subprocess.Popen[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, **self._env}
+        env |= {SOCKET_ENV: address, TOKEN_ENV: token, RUN_ENV: str(self._run)}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [*self._launcher, "-m", "online_dpo.worker_main"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+            )
+
+    def _accept(self, server: socket.socket, token: str) -> list[_Line]:
+        ranks: dict[int, _Line] = {}
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while len(ranks) < self._num_processes:
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self._died("start")
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            connection.settimeout(START_TIMEOUT_S)
+            line = _Line(connection)
+            greeting = line.receive()
+            if greeting.get("token") != token:
+                line.close()
+                continue
+            ranks[int(greeting["rank"])] = line
+        return [ranks[rank] for rank in sorted(ranks)]
+
+    def _collect(self, on_event: OnEvent) -> Event:
+        """Rank 0's result, once every rank has finished; events are passed on as they come."""
+        with selectors.DefaultSelector() as selector:
+            for number, rank in enumerate(self._ranks):
+                selector.register(rank.connection, selectors.EVENT_READ, (number, rank))
+            results: dict[int, Event] = {}
+            while len(results) < len(self._ranks):
+                for key, _ in selector.select(timeout=1.0):
+                    number, rank = key.data
+                    for message in rank.receive_available():
+                        if "error" in message:
+                            raise _error(message["error"], self.role, self.log)
+                        if "result" in message:
+                            results[number] = message["result"]
+                        elif number == 0:
+                            on_event(message["event"])
+                self._check_alive()
+        return results[0]
+
+    def _check_alive(self) -> None:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise EOFError
+
+    def _died(self, doing: str) -> EngineError:
+        process = self._process
+        code = None if process is None else _exit_code(process)
+        self.close()
+        how = "did not answer" if code is None else f"ended with {_exit_name(code)}"
+        tail = _tail(self.log)
+        return EngineError(
+            f"The {self.role} {how} during {doing!r}. The end of its log, {self.log}:\n{tail}"
+        )
+
+
+class _Line:
+    """JSON lines over a connected socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._buffer = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        self.connection.settimeout(None)
+        self.connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> Event:
+        """The next message, waiting for it."""
+        while b"\n" not in self._buffer:
+            self._fill()
+        return self._pop()
+
+    def receive_available(self) -> list[Event]:
+        """Every message that has wholly arrived, after one read of what is there."""
+        self._fill()
+        messages = []
+        while b"\n" in self._buffer:
+            messages.append(self._pop())
+        return messages
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def _fill(self) -> None:
+        data = self.connection.recv(1 << 20)
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def _pop(self) -> Event:
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: Event = json.loads(line)
+        return message
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker's whole group; the closed socket has told it already."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process that has closed its socket; None where it hangs all the same."""
+    try:
+        return process.wait(timeout=2.0)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _error(data: Mapping[str, Any], role: str, log: Path) -> CampaignError:
+    kind = BY_NAME.get(data["type"])
+    if kind is None:
+        return EngineError(f"The {role} failed: {data['type']}: {data['message']}. Its log: {log}")
+    return kind(data["message"], remedy=data.get("remedy"), safe=data.get("safe"))
+
+
+def _exit_name(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _tail(log: Path, *, lines: int = 15) -> str:
+    if not log.is_file():
+        return "(empty)"
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in text[-lines:]) or "(empty)"
+
+
+def _ignore(event: Event) -> None:
+    """Where nobody listens to progress."""
