@@ -8,12 +8,16 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from online_dpo.errors import CampaignError
 from online_dpo.files import as_disk_error
+from online_dpo.visible import visible
+
+if TYPE_CHECKING:
+    from online_dpo.views import Campaign
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +63,8 @@ def run(config: ConfigArgument, overrides: SetOption = None, run_dir: RunDirOpti
     loaded = load_config(config, overrides or ())
     if run_dir is not None:
         loaded = with_run_dir(loaded, run_dir)
-    _finish(start(loaded, progress=make_progress()))
+    starts = _count_starts(loaded.config.campaign.run_dir)
+    _finish(start(loaded, progress=make_progress()), starts)
 
 
 @app.command()
@@ -75,6 +80,7 @@ def resume(
     from online_dpo.campaign import resume as resume_campaign
     from online_dpo.progress import make_progress
 
+    starts = _count_starts(run_dir)
     campaign = resume_campaign(
         run_dir,
         overrides=overrides or (),
@@ -82,7 +88,7 @@ def resume(
         trust=trust or (),
         progress=make_progress(),
     )
-    _finish(campaign)
+    _finish(campaign, starts)
 
 
 @app.command()
@@ -97,6 +103,8 @@ def status(
 
     while True:
         campaign = Campaign(run_dir)
+        if watch:
+            typer.echo("\x1b[2J\x1b[H", nl=False)  # Clears a terminal; left out elsewhere.
         if as_json:
             typer.echo(json.dumps(campaign.status(), indent=2))
         else:
@@ -197,17 +205,25 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _finish(campaign: Any) -> None:
+def _count_starts(run_dir: str | Path | None) -> int:
+    """How often a campaign has been started or resumed."""
+    from online_dpo.store import RunDir
+
+    return sum(event["event"] == "campaign started" for event in RunDir(run_dir or "").events())
+
+
+def _finish(campaign: Campaign, starts: int) -> None:
     """The end of `run` and `resume`: the table, and where to look next."""
     from online_dpo.terminal import print_summary
 
-    print_summary(campaign)
+    idle = _count_starts(campaign.path) == starts
+    print_summary(campaign, "This campaign was finished already: nothing to do." if idle else None)
 
 
 def _fail(error: CampaignError, debug: bool) -> None:
     if debug or error.exit_code == 1:
         traceback.print_exc()
-    say: Callable[[str], None] = lambda text: typer.echo(text, err=True)  # noqa: E731
+    say: Callable[[str], None] = lambda text: typer.echo(visible(text), err=True)  # noqa: E731
     say(f"error: {error.message}")
     if error.safe:
         say(f"safe: {error.safe}")

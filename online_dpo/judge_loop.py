@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,7 @@ class LoopAsker:
         """Close connections and the ledger and end the thread, if it can still be ended."""
         if not self._thread.is_alive():
             return
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(CLOSE_TIMEOUT_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=CLOSE_TIMEOUT_S)
         if not self._thread.is_alive():
             self._loop.close()
@@ -99,6 +97,7 @@ class LoopAsker:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._door.close()
+        self._loop.call_soon(self._loop.stop)
 
     def _check_beat(self, future: Future[None]) -> None:
         still_s = time.monotonic() - self._beat
@@ -130,10 +129,9 @@ class LoopAsker:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._config.concurrency, len(questions))):
                     group.create_task(work())
-        except asyncio.CancelledError:
-            raise CancelledError("labelling was cancelled") from None
         finally:
             heart.cancel()
+            await asyncio.wait([heart])
             self._task = None
         if failures:
             raise failures[0]

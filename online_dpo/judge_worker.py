@@ -99,6 +99,8 @@ class JudgeProcess:
 
     def ask(self, question: Question, *, timeout_s: float) -> Answer:
         """One answer. Raises JudgeError where the judge fails, hangs or dies."""
+        if self._worker.pid is None:
+            self.describe()
         result = self._call(
             "ask",
             timeout_s,

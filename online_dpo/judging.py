@@ -86,7 +86,11 @@ class Labeller:
         self._version: str
         self._asker: Asker
         self._prepare()
-        _refuse_clashes(judge_config, self.kind)
+        try:
+            _refuse_clashes(judge_config, self.kind)
+        except ConfigError:
+            self.close()
+            raise
 
     @property
     def identity(self) -> dict[str, str]:

@@ -67,11 +67,13 @@ class Ledger:
 
         Like `fail` and `lose`, it leaves a row that is final already as it is.
         """
-        return self._submit(lambda db: table.end(db, replace(entry, state="settled", **reply)))
+        settled = replace(entry, state="settled", **reply)
+        return self._submit(lambda db: table.end(db, settled))
 
     def fail(self, entry: Entry, reason: str) -> Future[Entry]:
         """Note that the attempt came to nothing and costs nothing."""
-        return self._submit(lambda db: table.end(db, replace(entry, state="failed", reason=reason)))
+        failed = replace(entry, state="failed", reason=reason)
+        return self._submit(lambda db: table.end(db, failed))
 
     def lose(self, entry: Entry, reason: str) -> Future[Entry]:
         """Note that the attempt's fate is unknown; it is charged at its reservation."""

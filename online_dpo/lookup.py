@@ -14,7 +14,7 @@ from online_dpo.files import read_json
 from online_dpo.records import Prompt
 from online_dpo.stages.context import read_prompts
 from online_dpo.store import RoundDir, RunDir
-from online_dpo.wording import visible
+from online_dpo.visible import visible
 
 Row = dict[str, Any]
 

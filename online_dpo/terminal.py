@@ -20,7 +20,8 @@ from online_dpo.terminal_tables import (
     say_folded,
 )
 from online_dpo.views import Campaign, RoundView, evaluated
-from online_dpo.wording import headline, number, remarks, visible
+from online_dpo.visible import visible
+from online_dpo.wording import headline, number, remarks
 
 if TYPE_CHECKING:
     from rich.console import Console

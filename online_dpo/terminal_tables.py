@@ -16,9 +16,11 @@ from rich.text import Text
 
 from online_dpo.lookup import invalid_verdicts
 from online_dpo.views import RoundView
+from online_dpo.visible import visible
 from online_dpo.wording import (
     FATES,
     change,
+    drift,
     estimate,
     fate_order,
     figure,
@@ -26,7 +28,6 @@ from online_dpo.wording import (
     percent,
     rate,
     seconds,
-    visible,
 )
 
 RECENT = 12
@@ -47,7 +48,9 @@ class _Column:
 
 
 def make_console() -> Console:
-    """Plain text where nobody watches: no colour, 80 columns unless COLUMNS says otherwise."""
+    """Where everything is printed: without colour where that is no terminal, and never failing over
+    a character that the output's encoding lacks.
+    """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
@@ -140,14 +143,9 @@ def _width(column: _Column, rounds: Sequence[RoundView]) -> int:
     return max(len(column.title), *(len(column.cell(view)) for view in rounds))
 
 
-def _drift(value: dict[str, Any] | None) -> str:
-    small = value is not None and abs(value["mean"]) < 1
-    return estimate(value, 3 if small else 1)
-
-
 def _loss(view: RoundView) -> str:
     training = view.training or {}
-    return change(training.get("first_loss"), training.get("last_loss"))
+    return change(training.get("first_loss"), training.get("last_loss"), 3)
 
 
 _COLUMNS = (
@@ -166,8 +164,8 @@ _COLUMNS = (
         "wins: share of held-out prompts won, ties half (95% interval); 0: policy 0",
     ),
     _Column("vs previous", lambda r: rate(figure(r, "win_rate_previous")), 8),
-    _Column("KL to ref", lambda r: _drift(figure(r, "kl_reference")), 7),
-    _Column("KL to 0", lambda r: _drift(figure(r, "kl_policy0")), 2, "KL: nats per sequence"),
+    _Column("KL to ref", lambda r: drift(figure(r, "kl_reference")), 7),
+    _Column("KL to 0", lambda r: drift(figure(r, "kl_policy0")), 2, "KL: nats per sequence"),
     _Column("tokens", lambda r: number(figure(r, "mean_tokens"), 1), 3),
     _Column(
         "cut",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,27 +18,6 @@ FATES = {
 }
 """What can become of a response, in the order in which tables show it."""
 
-_JOINERS = "\u200c\u200d"  # Arabic, Indic scripts and emoji are written with them.
-
-
-def visible(text: str) -> str:
-    """`text` with control characters and bidi overrides as escapes; newlines and tabs stay.
-
-    A terminal would obey them, a reader would not see them.
-    """
-    return "".join(_visible(c) for c in text)
-
-
-def _visible(c: str) -> str:
-    if c in "\n\t" or c in _JOINERS:
-        return c
-    if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return c
-    code = ord(c)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
 
 def number(value: float | None, digits: int = 2) -> str:
     """A plain number, or a dash for none."""
@@ -54,6 +32,11 @@ def estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     if value is None:
         return "-"
     return f"{number(value['mean'], digits)} ± {number(value['stderr'], digits)}"
+
+
+def drift(value: Mapping[str, Any] | None) -> str:
+    """A KL divergence, which runs from thousandths to hundreds of nats, ± its standard error."""
+    return estimate(value, 3 if value is not None and abs(value["mean"]) < 1 else 1)
 
 
 def percent(share: float | None) -> str:

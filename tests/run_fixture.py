@@ -39,7 +39,7 @@ def make_run(
     judge: str = "score",
     policy: Path | None = None,
     pinned: bool = False,
-    messages: bool = False,
+    form: str = "text",
     odd_answer: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> Path:
@@ -47,7 +47,8 @@ def make_run(
 
     Of the rounds `finished` are done, and the next has its first shard sampled. `judge` is "score"
     or "compare". Every round's policy is a copy of the folder `policy`; `pinned` makes policy 0 a
-    given model instead of an sft policy. `odd_answer` becomes the text of some answers and pairs.
+    given model instead of an sft policy. Prompts are "text", "messages" or "both". `odd_answer`
+    becomes the text of a pair and of an answer of every round.
     """
     run = RunDir(folder / "demo")
     run.path.mkdir(parents=True)
@@ -56,13 +57,13 @@ def make_run(
     loaded = config_from_dict(settings)
     run.write_text("campaign.yaml", dump_yaml(loaded.config.model_dump(mode="json")))
     run.write_text("versions.json", json.dumps({"python": "3.11.9", "torch": "2.13.0"}))
-    maker = _Maker(run, judge, policy, messages, odd_answer)
+    maker = _Maker(run, judge, policy, form, odd_answer)
     maker.origin(pinned=pinned)
     done = rounds if finished is None else finished
     for number in range(1, done + 1):
         maker.round(number)
     if done < rounds:
-        maker.begin(done + 1)
+        maker.begin(done + 1, num_sampled=4)
     return run.path
 
 
@@ -79,13 +80,14 @@ def _config(run: Path, rounds: int, *, pinned: bool, policy: Path | None) -> dic
         },
         "judge": {"name": "heuristic", "options": {"kind": "length"}},
         "campaign": {"name": "demo", "rounds": rounds, "prompts_per_round": 8, "run_dir": str(run)},
+        "sampling": {"n": NUM_SAMPLES},
         "evaluation": {"examples": 3},
     }
 
 
 class _Maker:
     def __init__(
-        self, run: RunDir, judge: str, policy: Path | None, messages: bool, odd: str | None
+        self, run: RunDir, judge: str, policy: Path | None, form: str, odd: str | None
     ) -> None:
         self.run = run
         self.judge = judge
@@ -93,10 +95,8 @@ class _Maker:
         self.odd = odd
         self.random = random.Random(7)
         names = [f"the film {film}" for film in FILMS] + [f"the Maple {p}" for p in PRODUCTS]
-        self.train = [_prompt(i, f"Review of {name}:\n", messages) for i, name in enumerate(names)]
-        self.held_out = [
-            _prompt(50 + i, f"Review of {n} II:\n", messages) for i, n in enumerate(names)
-        ]
+        self.train = [_prompt(i, f"Review of {name}:\n", form) for i, name in enumerate(names)]
+        self.held_out = [_prompt(50 + i, f"Review of {n} II:\n", form) for i, n in enumerate(names)]
         self.answers: list[dict[str, Row]] = []
 
     def origin(self, *, pinned: bool) -> None:
@@ -145,7 +145,7 @@ class _Maker:
         busy = {"sample": 2.25, "label": 0.4, "pair": 0.1, "train": 3.5, "evaluate": 1.1}
         self._close(round_dir, round_dir.ref("policy"), busy, wall_s=8.0, plan=plan)
 
-    def begin(self, number: int) -> RoundDir:
+    def begin(self, number: int, *, num_sampled: int = 8) -> RoundDir:
         """A round's plan and its only shard of samples."""
         round_dir = self.run.round(number)
         origin = self.run.round(number - 1)
@@ -159,7 +159,8 @@ class _Maker:
                 optimizer_step=0, evaluate=True, previous_manifest_sha256=origin.manifest_sha256(),
             )
         )  # fmt: skip
-        rows = [plain(r) for p in chosen for r in self._responses(p, number - 1, NUM_SAMPLES)]
+        prompts = chosen[:num_sampled]
+        rows = [plain(r) for p in prompts for r in self._responses(p, number - 1, NUM_SAMPLES)]
         with round_dir.commit("samples/part-00000", inputs={}) as draft:
             write_table(draft.path / "samples.parquet", "samples", rows)
             _json(draft.path / "metrics.json", {"rows": len(rows), "tokens": 300, "finish": {}})
@@ -278,7 +279,8 @@ class _Maker:
         return row
 
 
-def _prompt(index: int, text: str, messages: bool) -> Prompt:
+def _prompt(index: int, text: str, form: str) -> Prompt:
+    messages = form == "messages" or (form == "both" and index % 2 == 1)
     turns = (Message("user", text),) if messages else ()
     return Prompt(
         id=f"{index:016x}", source="reviews", text=None if messages else text, messages=turns,

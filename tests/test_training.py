@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing.context
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import trainer_calls
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trainer_calls import settings
@@ -438,22 +440,28 @@ def test_no_demonstrations(tmp_path: Path, tiny_llama: Path) -> None:
         Trainer(settings()).sft(emit=ignore, **sft_arguments(tmp_path, tiny_llama))
 
 
-def run_job(folder: Path, name: str, job: dict[str, Any], launcher: Sequence[str] = ()) -> int:
-    """The exit status of a process that makes the job's calls."""
-    calls = folder / f"{name}.json"
-    calls.write_text(json.dumps(job))
-    command = [sys.executable, *launcher, str(DRIVER), str(calls), str(folder / f"{name}.out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    if done.returncode not in (0, -signal.SIGKILL):
-        raise AssertionError(done.stderr)
-    return done.returncode
+@pytest.fixture(scope="module")
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts fresh processes that need not import torch again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer_calls", "transformers.models.llama.modeling_llama"])
+    return context
 
 
-def test_killed_and_resumed_is_byte_equal(tmp_path: Path, tiny_llama: Path) -> None:
+def test_killed_and_resumed_is_byte_equal(
+    tmp_path: Path, tiny_llama: Path, fork_server: multiprocessing.context.ForkServerContext
+) -> None:
     """SIGKILL at a step checkpoint of SFT and of DPO, resumed by a fresh process."""
     write_demonstrations(tmp_path / "demonstrations.jsonl", 50)
     write_pairs(tmp_path / "pairs.parquet", 30)
     score_reference(tmp_path, tiny_llama)
+
+    def exit_status(job: dict[str, Any]) -> int | None:
+        process = fork_server.Process(target=trainer_calls.run, args=(job, tmp_path / "out"))
+        process.start()
+        process.join(120)
+        return process.exitcode
+
     options = settings(batch_size=4, epochs=2, checkpoint_every=3, micro_batch_size=2)
     trainer = Trainer(options)
     trainer.sft(emit=ignore, **sft_arguments(tmp_path, tiny_llama, "sft-whole"))
@@ -465,7 +473,7 @@ def test_killed_and_resumed_is_byte_equal(tmp_path: Path, tiny_llama: Path) -> N
             "calls": [[method, arguments(tmp_path, tiny_llama, name)]],
             "kill_at": step,
         }
-        assert run_job(tmp_path, name, job) == -signal.SIGKILL
+        assert exit_status(job) == -signal.SIGKILL
         assert not (tmp_path / name).exists()
         checkpoint = tmp_path / f"{name}-checkpoints" / f"step-{step:06d}.partial"
         assert {path.name for path in checkpoint.iterdir()} == {
@@ -476,7 +484,7 @@ def test_killed_and_resumed_is_byte_equal(tmp_path: Path, tiny_llama: Path) -> N
         }
         shutil.move(checkpoint, tmp_path / method)
         resumed = arguments(tmp_path, tiny_llama, name, resume_from=str(tmp_path / method))
-        assert run_job(tmp_path, name, {"settings": options, "calls": [[method, resumed]]}) == 0
+        assert exit_status({"settings": options, "calls": [[method, resumed]]}) == 0
         assert contents(tmp_path / name) == contents(tmp_path / f"{method}-whole")
     assert contents(tmp_path / "dpo-cut-optimizer") == contents(tmp_path / "dpo-whole-optimizer")
 
@@ -507,7 +515,10 @@ def test_two_processes_are_as_one(tmp_path: Path, tiny_llama: Path) -> None:
         ]
 
     two = {"settings": settings(num_processes=2, **common), "calls": calls("two", "ref-two")}
-    assert run_job(tmp_path, "two", two, LAUNCH) == 0
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    command = [sys.executable, *LAUNCH, str(DRIVER), "two.json", "two.out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     trainer = Trainer(settings(**common))
     one = [getattr(trainer, m)(emit=ignore, **kw) for m, kw in calls("one", "ref-one")]
     both = json.loads((tmp_path / "two.out").read_text())

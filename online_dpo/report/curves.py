@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-_WIDTH, _HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 16, 40
+_WIDTH, _HEIGHT = 350, 215
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 10, 12, 38
 _MAX_POINTS = 240
 _MAX_ROUND_MARKS = 12
 
@@ -52,6 +52,8 @@ class Chart:
     write: Callable[[float], str] = field(default=lambda value: f"{value:.2f}")
     baseline: tuple[float, str] | None = None
     """A value to compare with, and its name."""
+    includes: Sequence[float] = ()
+    """Values that the range of y reaches to in any case."""
     bounds: tuple[float, float] | None = None
     """The range of y; that of the values where unset."""
     marks: Sequence[tuple[float, str]] = ()
@@ -129,7 +131,7 @@ def _scale(chart: Chart, filled: Sequence[Series]) -> _Scale:
     x_low, x_high = min(xs), max(xs)
     if chart.bounds is not None:
         return _Scale(x_low, x_high, *chart.bounds)
-    values = [v for point in points for v in (point.bottom, point.top)]
+    values = [v for point in points for v in (point.bottom, point.top)] + [*chart.includes]
     if chart.baseline is not None:
         values.append(chart.baseline[0])
     low, high = min(values), max(values)
@@ -177,11 +179,22 @@ def _fewer(marks: Sequence[tuple[float, str]]) -> Sequence[tuple[float, str]]:
 def _line(series: Series, index: int, scale: _Scale, chart: Chart) -> Markup:
     points = series.points
     parts = [_band(points, scale)]
-    path = " ".join(f"{scale.x(p.x)},{scale.y(p.y)}" for p in points)
-    parts.append(Markup('<polyline class="line" points="{}"/>').format(path))
+    for stretch in _stretches(points, [x for x, _ in chart.marks]):
+        path = " ".join(f"{scale.x(p.x)},{scale.y(p.y)}" for p in stretch)
+        parts.append(Markup('<polyline class="line" points="{}"/>').format(path))
     if len(points) <= 60:
         parts += [_dot(point, series, scale, chart) for point in points]
     return Markup('<g class="series s{}">').format(index) + Markup("").join(parts) + Markup("</g>")
+
+
+def _stretches(points: Sequence[Point], breaks: Sequence[float]) -> list[list[Point]]:
+    """The points between two breaks each: nothing leads from one round's last step to the next."""
+    stretches: list[list[Point]] = []
+    for point, before in zip(points, [None, *points[:-1]], strict=True):
+        if before is None or any(before.x < place <= point.x for place in breaks):
+            stretches.append([])
+        stretches[-1].append(point)
+    return stretches
 
 
 def _band(points: Sequence[Point], scale: _Scale) -> Markup:

@@ -17,7 +17,7 @@ _LONG_RESPONSE = 16
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Largest differences in nats: of one token's log-prob, and of the mean over all tokens."""
+    """Largest differences in nats: of one token's log-prob, and of a sequence's mean."""
 
     token: float
     mean: float
@@ -35,7 +35,7 @@ TOLERANCES: Mapping[str, Tolerance] = {
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """How far log-probs are apart, in nats: the worst token, and the mean over all tokens."""
+    """How far log-probs are apart, in nats: the worst token, and the worst sequence's mean."""
 
     max_error: float
     mean_error: float
@@ -45,7 +45,7 @@ class Deviation:
         return self.max_error <= tolerance.token and self.mean_error <= tolerance.mean
 
     def __str__(self) -> str:
-        return f"{self.max_error:.3g} nats at the worst token, {self.mean_error:.3g} in the mean"
+        return f"{self.max_error:.3g} nats at a token, {self.mean_error:.3g} in a sequence's mean"
 
 
 def make_sequences(
@@ -73,13 +73,17 @@ def make_sequences(
 
 def deviation(expected: Sequence[Sequence[float]], actual: Sequence[Sequence[float]]) -> Deviation:
     """How far two lists of per-token log-probs of the same sequences are apart."""
-    pairs = [
-        (e, a)
+    gaps = [
+        [_gap(e, a) for e, a in zip(row, other, strict=True)]
         for row, other in zip(expected, actual, strict=True)
-        for e, a in zip(row, other, strict=True)
     ]
-    gaps = [abs(e - a) if math.isfinite(e) and math.isfinite(a) else math.inf for e, a in pairs]
-    return Deviation(max(gaps), sum(gaps) / len(gaps))
+    means = [sum(row) / len(row) for row in gaps if row]
+    return Deviation(max(max(row) for row in gaps if row), max(means))
+
+
+def _gap(expected: float, actual: float) -> float:
+    finite = math.isfinite(expected) and math.isfinite(actual)
+    return abs(expected - actual) if finite else math.inf
 
 
 def check(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from online_dpo.records import ModelRef, SamplingParams, derive_seed, to_dict
+from online_dpo.answers import buy_answers
+from online_dpo.records import ModelRef, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
+from online_dpo.tables import read_table, write_table
+from online_dpo.tokenization import ANSWER_KEY
 
 
 def sample(context: Context) -> Iterator[str]:
@@ -80,15 +84,62 @@ def _sample_shard(
             params=to_dict(params),
             out=str(draft.path / "samples.parquet"),
         )
+        others = _other_answers(context, prompt_ids)
+        if others:
+            _add(draft.path / "samples.parquet", others, prompt_ids)
         facts = {key: result[key] for key in ("rows", "tokens", "finish")}
+        facts["other_answers"] = len(others)
         (draft.path / "metrics.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-        draft.rows = result["rows"]
+        draft.rows = result["rows"] + len(others)
         draft.facts = {
             "made_with": context.crew.facts,
             "batch_size": result["batch_size"],
             "deterministic": loaded["deterministic"],
         }
     context.run.event("shard sampled", round=context.round.number, shard=name, **facts)
+
+
+def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response]:
+    """Candidates from a column of the prompt set and from a second model, marked by source."""
+    prompts = [context.load_prompts().by_id[i] for i in prompt_ids]
+    texts = [
+        (prompt.id, f"{prompt.id}:given", str(prompt.metadata[ANSWER_KEY]), "given", True)
+        for prompt in prompts
+        if ANSWER_KEY in prompt.metadata
+    ]
+    also = context.config.sampling.also
+    if also is not None:
+        bought = buy_answers(
+            prompts,
+            also,
+            max_tokens=context.config.sampling.max_new_tokens,
+            temperature=context.config.sampling.temperature,
+            ledger_path=context.run.path / "judgments.sqlite",
+            seed=context.config.campaign.seed,
+            round_number=context.round.number,
+            on_event=lambda event: context.run.event("second model", **event),
+        )
+        texts += [
+            (a.prompt_id, f"{a.prompt_id}:also-{a.index:02d}", a.text, also.model, a.finished)
+            for a in bought
+        ]
+    texts = [text for text in texts if text[2].strip()]
+    if not texts:
+        return []
+    encoded = context.crew.sampler().call(
+        "encode", answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts]
+    )
+    return [
+        Response(name, prompt_id, text, tuple(ids), "eos" if done else "length", source)
+        for (prompt_id, name, text, source, done), ids in zip(texts, encoded["ids"], strict=True)
+    ]
+
+
+def _add(table: Path, others: Sequence[Response], prompt_ids: Sequence[str]) -> None:
+    """Put other answers behind the policy's, prompt by prompt."""
+    rows = [*read_table(table), *(to_dict(response) for response in others)]
+    place = {prompt_id: index for index, prompt_id in enumerate(prompt_ids)}
+    write_table(table, "samples", sorted(rows, key=lambda row: place[row["prompt_id"]]))
 
 
 def _listener(bar: Any, base: int) -> Callable[[dict[str, Any]], None]:

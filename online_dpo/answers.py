@@ -1,0 +1,97 @@
+"""Answers of a second model, bought through the ledger's door: each is paid for once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from online_dpo.calls import CallContext, Door, Limits
+from online_dpo.chat import ChatReply, ChatRequest, Estimate
+from online_dpo.config import AnswerSource
+from online_dpo.errors import EngineError
+from online_dpo.records import Message, Prompt
+
+_CONCURRENCY = 16
+_TIMEOUT_S = 120.0
+_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text for one prompt; `finished` says that the model ended it by itself."""
+
+    prompt_id: str
+    index: int
+    text: str
+    finished: bool
+
+
+def buy_answers(
+    prompts: Sequence[Prompt],
+    source: AnswerSource,
+    *,
+    max_tokens: int,
+    temperature: float,
+    ledger_path: Path,
+    seed: int,
+    round_number: int,
+    on_event: Callable[[dict[str, Any]], None],
+) -> list[Answer]:
+    """`source.n` answers for each prompt, in the order of the prompts.
+
+    Answers that the ledger holds are not bought again. Raises EngineError where the server gives
+    none; what was bought before is kept.
+    """
+    door = Door(
+        ledger_path,
+        judge="sampling.also",
+        version="1",
+        seed=seed,
+        limits=Limits(),
+        concurrency=_CONCURRENCY,
+        timeout_s=_TIMEOUT_S,
+        retries=_RETRIES,
+        on_event=on_event,
+    )
+
+    async def ask(prompt: Prompt, index: int) -> Answer:
+        request = _request(prompt, source, max_tokens, temperature)
+        context = CallContext(prompt.id, (), False, index, "also", round_number)
+        estimate = Estimate.at_most(request, source.price_per_million)
+        reply = await door.complete(request, estimate, context)
+        return _answer(prompt, index, reply)
+
+    async def ask_all() -> list[Answer]:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(ask(p, k)) for p in prompts for k in range(source.n)]
+            return [task.result() for task in tasks]
+        finally:
+            await door.close()
+
+    try:
+        return asyncio.run(ask_all())
+    except* Exception as errors:
+        first = errors.exceptions[0]
+        raise EngineError(f"sampling.also: {source.model} at {source.url}: {first}") from first
+
+
+def _request(
+    prompt: Prompt, source: AnswerSource, max_tokens: int, temperature: float
+) -> ChatRequest:
+    messages = prompt.messages or (Message("user", prompt.text or ""),)
+    return ChatRequest(
+        model=source.model,
+        messages=messages,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        base_url=source.url,
+        api_key_env=source.api_key_env,
+    )
+
+
+def _answer(prompt: Prompt, index: int, reply: ChatReply) -> Answer:
+    return Answer(prompt.id, index, reply.text, reply.finish_reason == "stop")

@@ -1,0 +1,60 @@
+"""The arguments and the environment that vLLM's engine gets, before vllm is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from online_dpo.config import ModelConfig
+from online_dpo.errors import ConfigError
+
+OWN_ARGUMENTS = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "trust_remote_code": "model.trust_remote_code",
+    "generation_config": "the fields of sampling",
+    "logprobs_mode": "the contract (raw log-probs)",
+    "data_parallel_size": "one engine; for more, start servers and use sampler: openai_server",
+}
+"""Engine arguments that `sampling.engine` cannot set, and what decides them."""
+
+
+def engine_arguments(
+    model: ModelConfig, extra: Mapping[str, Any], *, device: str
+) -> dict[str, Any]:
+    """vLLM's engine arguments. Raises ConfigError for those that are decided elsewhere."""
+    for name, decider in OWN_ARGUMENTS.items():
+        if name in extra:
+            raise ConfigError(f"sampling.engine.{name} cannot be set: it is decided by {decider}.")
+    arguments: dict[str, Any] = {
+        "trust_remote_code": model.trust_remote_code,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "seed": 0,
+        "disable_log_stats": True,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
+    }
+    if device == "cpu":
+        arguments["enforce_eager"] = True
+    else:
+        arguments["enable_sleep_mode"] = True
+    if extra.get("tensor_parallel_size", 1) == 1 and extra.get("pipeline_parallel_size", 1) == 1:
+        arguments["distributed_executor_backend"] = "uni"
+    return {**arguments, **extra}
+
+
+def set_environment(threads: int | None) -> None:
+    """Set what vLLM reads from the environment, unless the user has; its import comes later."""
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # The engine lives in this process: starts three times faster, and ends with it.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    if threads is not None:
+        # vLLM would bind its threads to cores of its own choice, one for each core it sees.
+        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,382 @@
+"""Labelling: every form of judge, orders, votes, broken judges in real processes, cancelling."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from online_dpo.config import JudgeConfig
+from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.judging import Labeller, Labels
+from online_dpo.records import Prompt, Response, Score, Verdict
+from online_dpo.verdicts import combine_verdicts, compare_questions, pairs_to_compare
+
+CASES = Path(__file__).parent / "judge_cases.py"
+PROMPT = Prompt("p1", "test", text="Say something.", metadata={"weight": 2.0})
+
+MakeLabeller = Callable[..., Labeller]
+
+
+def response(text: str, number: int = 0, finish_reason: Any = "eos") -> Response:
+    return Response(f"r{number}-{text}", "p1", text, (1, 2, 0), finish_reason)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeLabeller]:
+    """Makes labellers for judges in judge_cases.py, or for a name given whole, and closes them."""
+    made = []
+
+    def make_labeller(name: str, *, events: list[Any] | None = None, **config: Any) -> Labeller:
+        if "/" not in name and name != "scripted":
+            name = f"{CASES}:{name}"
+        labeller = Labeller(
+            JudgeConfig(name=name, **config),
+            base=None,
+            ledger_path=tmp_path / "judgments.sqlite",
+            seed=7,
+            round=1,
+            on_event=(events if events is not None else []).append,
+        )
+        made.append(labeller)
+        return labeller
+
+    yield make_labeller
+    for labeller in made:
+        labeller.close()
+
+
+def scores(labels: list[Labels]) -> list[list[float | None]]:
+    assert all(label.scores is not None for label in labels)
+    return [[score.value for score in label.scores or ()] for label in labels]
+
+
+def ps(labels: list[Labels]) -> list[list[float | None]]:
+    assert all(label.comparisons is not None for label in labels)
+    return [[comparison.p for comparison in label.comparisons or ()] for label in labels]
+
+
+# --- forms of judge
+
+
+def test_plain_function_scores_in_a_process_of_its_own(make: MakeLabeller) -> None:
+    labeller = make("length")
+    assert labeller.kind == "score"
+    assert labeller.identity == {"name": f"{CASES}:length", "version": "0"}
+    items = [(PROMPT, [response("abc"), response("a")]), (PROMPT, [response("ab")])]
+    assert scores(labeller.label(items, purpose="label")) == [[3.0, 1.0], [2.0]]
+    pid = make("process_id").label([(PROMPT, [response("a")])], purpose="label")
+    assert scores(pid) != [[float(os.getpid())]]
+
+
+def test_class_gets_its_options_and_the_metadata(make: MakeLabeller) -> None:
+    labeller = make("Versioned", options={"bonus": 0.5})
+    assert labeller.identity["version"] == "2024-05"
+    assert scores(labeller.label([(PROMPT, [response("abc")])], purpose="label")) == [[6.5]]
+
+
+def test_async_function_is_awaited(make: MakeLabeller) -> None:
+    labeller = make("async_length")
+    assert scores(labeller.label([(PROMPT, [response("abcd")])], purpose="label")) == [[4.0]]
+
+
+def test_relative_file_is_found_from_the_base(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def judge(prompt, response):\n    return 1.5\n")
+    labeller = Labeller(
+        JudgeConfig(name="mine.py:judge"),
+        base=tmp_path,
+        ledger_path=tmp_path / "judgments.sqlite",
+        seed=0,
+        round=1,
+        on_event=lambda event: None,
+    )
+    try:
+        assert scores(labeller.label([(PROMPT, [response("a")])], purpose="label")) == [[1.5]]
+    finally:
+        labeller.close()
+
+
+def test_local_judges_leave_no_ledger(make: MakeLabeller, tmp_path: Path) -> None:
+    make("length").label([(PROMPT, [response("a")])], purpose="label")
+    assert not (tmp_path / "judgments.sqlite").exists()
+
+
+def test_label_works_outside_the_main_thread(make: MakeLabeller) -> None:
+    found = []
+    labellers = [make("AsyncFirst"), make("longer"), make("scripted", options={"scores": {"a": 1}})]
+
+    def run() -> None:
+        for labeller in labellers:
+            items = [(PROMPT, [response("a"), response("bb")])]
+            found.extend(labeller.label(items, purpose="label"))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ps(found[:2]) == [[0.5], [pytest.approx(0.1)]]
+    assert scores(found[2:]) == [[1.0, None]]
+
+
+# --- orders, votes, comparisons
+
+
+def test_a_verdict_that_depends_on_the_order_is_a_tie(make: MakeLabeller) -> None:
+    labels = make("AsyncFirst").label([(PROMPT, [response("a"), response("b")])], purpose="label")
+    (comparison,) = labels[0].comparisons or ()
+    assert (comparison.p, comparison.orders) == (0.5, 2)
+    assert comparison.raws == ("r0-a beats r0-b", "r0-b beats r0-a")
+
+
+def test_one_order_is_drawn_by_seed(make: MakeLabeller) -> None:
+    labeller = make("AsyncFirst", orders="one")
+    pairs = [(PROMPT, response("a", i), response("b", i)) for i in range(60)]
+    found = labeller.compare_pairs(pairs, purpose="label")
+    assert {(c.p, c.orders) for c in found} == {(1.0, 1), (0.0, 1)}
+    assert 15 < sum(c.p == 1.0 for c in found) < 45
+    assert labeller.compare_pairs(pairs, purpose="evaluation") == found
+
+
+def test_one_invalid_order_makes_the_pair_invalid(make: MakeLabeller) -> None:
+    events: list[Any] = []
+    labeller = make("longer", events=events)
+    (valid, invalid) = labeller.compare_pairs(
+        [(PROMPT, response("aaa"), response("b")), (PROMPT, response("a"), response("b?"))],
+        purpose="label",
+    )
+    assert valid.p == pytest.approx(0.9)
+    assert (invalid.p, invalid.reason) == (None, "the judge gave no verdict")
+    last = events[-1]
+    assert (last["event"], last["done"], last["total"]) == ("judged", 4, 4)
+    assert last["invalid"] == {"the judge gave no verdict": 1}
+
+
+def test_votes_are_averaged_and_identical_responses_are_not_asked_about() -> None:
+    a, b = response("a"), response("b")
+    asked = compare_questions(PROMPT, a, b, orders="both", votes=2, seed=0, round=1)
+    shown = [(q.responses[0].text, q.vote) for q in asked]
+    assert shown == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    said = [Verdict(1.0), Verdict(0.5), Verdict(0.25), Verdict(None, "unreadable")]
+    combined = combine_verdicts(PROMPT, a, b, list(zip(asked, said, strict=True)))
+    assert combined.p == pytest.approx((0.75 + 0.75) / 2)
+    same = compare_questions(PROMPT, a, response("a", 1), orders="both", votes=2, seed=0, round=1)
+    assert same == []
+    tie = combine_verdicts(PROMPT, a, response("a", 1), [])
+    assert (tie.p, tie.reason, tie.orders) == (0.5, "identical responses", 0)
+    cut = response("a", 1, "length")
+    assert compare_questions(PROMPT, a, cut, orders="one", votes=1, seed=0, round=1)
+
+
+def test_comparisons_are_drawn_by_seed_and_prefer_distinct_responses() -> None:
+    answers = [response(text, i) for i, text in enumerate("aaab")]
+    drawn = pairs_to_compare(PROMPT, answers, 3, seed=1, round=1)
+    assert [(a.id, b.id) for a, b in drawn] == [
+        ("r0-a", "r3-b"),
+        ("r1-a", "r3-b"),
+        ("r2-a", "r3-b"),
+    ]
+    many = [response(text, i) for i, text in enumerate("abcdefgh")]
+    draws = {tuple(pairs_to_compare(PROMPT, many, 2, seed=s, round=1)) for s in range(8)}
+    assert len(draws) > 4
+    assert all(len(draw) == 2 for draw in draws)
+    assert len(pairs_to_compare(PROMPT, many, "all", seed=1, round=1)) == 28
+
+
+@given(
+    st.lists(st.none() | st.floats(0, 1), min_size=2, max_size=2),
+    st.sampled_from(["both", "one"]),
+    st.integers(0, 50),
+)
+def test_swapping_a_pair_turns_p_round(said: list[float | None], orders: Any, seed: int) -> None:
+    a, b = response("a"), response("b")
+
+    def ask(first: Response, second: Response) -> float | None:
+        questions = compare_questions(
+            PROMPT, first, second, orders=orders, votes=1, seed=seed, round=1
+        )
+        answers = []
+        for question in questions:
+            p = said[0] if question.responses[0] is a else said[1]
+            answers.append((question, Verdict(p, "none" if p is None else None)))
+        return combine_verdicts(PROMPT, first, second, answers).p
+
+    forward, backward = ask(a, b), ask(b, a)
+    if orders == "both":
+        assert (forward is None) == (backward is None) == (None in said)
+        if forward is not None and backward is not None:
+            assert forward == pytest.approx(1.0 - backward)
+
+
+def test_scores_of_votes_are_averaged(make: MakeLabeller) -> None:
+    labeller = make("scripted", options={"scores": {"a": 2.0, "b": None}}, votes=3)
+    (label,) = labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")
+    assert label.scores == (Score(2.0), Score(None, "not in the script"))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("length", {"orders": "one"}, "judge.orders: one is for judges that compare"),
+        ("length", {"comparisons": 2}, "judge.comparisons: 2 is for judges that compare"),
+        ("length", {"options": {"x": 1}}, "takes no judge.options"),
+        ("Versioned", {"options": {"bonis": 1}}, "judge.options do not fit"),
+        ("nobody", {}, "has no 'nobody'"),
+        ("CannotBeMade", {}, "OSError: the weights are gone"),
+        ("Unrelated", {}, "is no judge"),
+        ("Both", {}, "has both `score` and `compare`"),
+        ("/nowhere/judge.py:j", {}, "does not exist"),
+        ("scripted", {"options": {}}, "exactly one of scores and verdicts"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(
+    make: MakeLabeller, name: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match="(?s)" + message.replace("(", r"\(")):
+        make(name, **config)
+
+
+# --- broken judges
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "prompt 'p1': KeyError: 'no entry for a'"),
+        ("not_a_number", "prompt 'p1': InvalidJudgement: a finite number was expected, not nan"),
+        ("not_a_score", "a number was expected, not str 'good'"),
+        ("WrongCount", "1 scores for 2 responses"),
+        ("exits", "called sys.exit\\(3\\) on prompt 'p1'"),
+        ("dies", "died on prompt 'p1'.*SIGKILL"),
+        ("out_of_range", r"p must lie in \[0, 1\], not 7.0"),
+        ("AsyncRaises", "prompt 'p1': ZeroDivisionError: by nothing"),
+    ],
+)
+def test_a_broken_judge_is_named_with_the_prompt(
+    make: MakeLabeller, tmp_path: Path, name: str, message: str
+) -> None:
+    labeller = make(name)
+    with pytest.raises(JudgeError, match=f"(?s)judge_cases.py:{name}'.*{message}"):
+        labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")
+    if name in ("raises", "AsyncRaises"):
+        log = (tmp_path / "logs" / "judge.log").read_text()
+        assert "Traceback" in log and "in raises" in log or "in compare" in log
+
+
+def test_a_judge_that_hangs_is_killed(make: MakeLabeller) -> None:
+    labeller = make("hangs", timeout_s=0.3)
+    with pytest.raises(JudgeError, match="did not answer within 0.6 s on prompt 'p1'"):
+        labeller.label([(PROMPT, [response("a"), response("hang")])], purpose="label")
+    again = labeller.label([(PROMPT, [response("a")])], purpose="label")
+    assert scores(again) == [[1.0]], "a fresh process serves what comes next"
+
+
+def test_an_async_judge_that_hangs_is_ended(make: MakeLabeller) -> None:
+    labeller = make("AsyncHangs", timeout_s=0.2)
+    with pytest.raises(JudgeError, match="did not answer within 0.2 s on prompt 'p1'"):
+        labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")
+
+
+def test_an_async_judge_that_blocks_the_loop_is_given_up(
+    make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("online_dpo.judge_loop.BLOCKED_GRACE_S", 0.5)
+    labeller = make("AsyncBlocks", timeout_s=0.2)
+    with pytest.raises(JudgeError, match="has blocked the event loop"):
+        labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")
+
+
+@pytest.mark.parametrize("name", ["hangs", "AsyncHangs"])
+def test_cancel_ends_a_blocked_label_soon(make: MakeLabeller, name: str) -> None:
+    labeller = make(name, timeout_s=600)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            labeller.label([(PROMPT, [response("hang"), response("b")])], purpose="label")
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    time.sleep(0.5)
+    labeller.cancel()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert isinstance(failures[0], CancelledError)
+    with pytest.raises(CancelledError):
+        labeller.label([(PROMPT, [response("a")])], purpose="label")
+
+
+ORPHAN = """
+import sys
+from pathlib import Path
+from online_dpo.config import JudgeConfig
+from online_dpo.judging import Labeller
+from online_dpo.records import Prompt, Response
+
+def ask(name, text):
+    labeller = Labeller(JudgeConfig(name=f"{sys.argv[1]}:{name}"), base=None, seed=0, round=1,
+        ledger_path=Path(sys.argv[2]) / "judgments.sqlite", on_event=lambda event: None)
+    print("asking", flush=True)
+    items = [(Prompt("p", "s", text="x"), [Response("r", "p", text, (1,), "eos")])]
+    return labeller, int(labeller.score(items, purpose="x")[0][0].value)
+
+idle, pid = ask("process_id", "a")
+print(pid, flush=True)
+ask("hangs", "hang")
+"""
+
+
+def test_the_judge_process_dies_with_its_parent(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, str(CASES), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    said = [parent.stdout.readline() for _ in range(3)]
+    idle = int(said[1])
+    time.sleep(0.3)
+    busy = [pid for pid in _children(parent.pid) if pid != idle]
+    assert len(busy) == 1 and _alive(idle)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(200):
+        if not _alive(idle) and not _alive(busy[0]):
+            return
+        time.sleep(0.05)
+    raise AssertionError("a judge process outlived its parent")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_importing_judging_loads_nothing_heavy() -> None:
+    heavy = "torch", "transformers", "vllm", "openai", "jinja2", "judges"
+    code = f"import sys, online_dpo.judging; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert found.strip() == "[]"
