@@ -88,27 +88,28 @@ SENTENCES = [
     "It is {a_adjective} {whole} for {audience}.",
     "It is {a_adjective} {whole} whose {aspect} is {adjective}.",
 ]
+# A closing sentence starts as no other sentence does, so that it cannot pass for a whole review.
 CLOSINGS = {
     "negative": [
-        "I would avoid it.",
-        "Nobody should bother with it.",
-        "It wasted my time.",
+        "Overall, I would avoid it.",
+        "In short, it wasted my time.",
+        "In the end, nobody should bother.",
     ],
     "neutral": [
-        "It does the job.",
-        "Others may see it differently.",
-        "Make up your own mind.",
+        "Overall, it does the job.",
+        "In short, others may see it differently.",
+        "In the end, it is a matter of taste.",
     ],
     "positive": [
-        "I recommend it to everyone.",
-        "I would gladly choose it again.",
-        "It deserves every bit of praise.",
-        "It made my day brighter.",
+        "Overall, I recommend it to everyone.",
+        "In short, I would gladly choose it again.",
+        "In short, it made my day brighter.",
+        "In the end, it deserves a prize.",
     ],
 }
 CLOSING_WORDS = {
     "negative": ["avoid", "bother", "wasted"],
-    "positive": ["recommend", "gladly", "deserves", "praise", "brighter"],
+    "positive": ["recommend", "gladly", "deserves", "brighter"],
 }
 
 
@@ -174,12 +175,13 @@ def write_review(kind: str, rng: random.Random) -> str:
 def review_pattern() -> re.Pattern[str]:
     """The grammar as a regular expression: one to three sentences, then perhaps a closing one.
 
-    All sentences are about one kind of subject. Mood is no part of the grammar: it decides which
-    words a reviewer picks, and "a dull film whose plot is superb" is good English.
+    All sentences are about one kind of subject. Which adjective or verb a reviewer picks is no part
+    of the grammar: "a dull film whose plot is superb" is well-formed, and so is a moving manual.
     """
 
     def alternatives(name: str, kind: str) -> str:
-        words = {word: None for mood in MOODS for word in expansions(name, kind, mood)}
+        kinds = SUBJECTS if name in ("adjective", "a_adjective", "contrast") else [kind]
+        words = {word: None for k in kinds for mood in MOODS for word in expansions(name, k, mood)}
         return f"(?:{'|'.join(map(re.escape, words))})"
 
     def sentence(template: str, kind: str) -> str:

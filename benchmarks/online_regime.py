@@ -58,7 +58,10 @@ def _config(rounds: int, threads: int) -> dict[str, object]:
             "eval": [{"path": "quickstart_eval.jsonl"}],
         },
         "sampling": {"n": 2, "max_new_tokens": 32},
-        "judge": {"name": "heuristic", "options": {"scorers": [{"kind": "length", "min": 8, "max": 12}]}},
+        "judge": {
+            "name": "heuristic",
+            "options": {"scorers": [{"kind": "length", "min": 8, "max": 12}]},
+        },
         "train": {
             "optimizer": "carry",
             "learning_rate": 1e-4,
@@ -102,9 +105,7 @@ def _report(run: Path) -> None:
     fixed = [r.fixed_s for r in plain if r.fixed_s is not None]
     print(f"rounds without evaluation: {len(walls)} of {len(rounds)}")
     for name, values in (("wall", walls), ("fixed cost", fixed)):
-        print(
-            f"  {name:<11} median {statistics.median(values):.3f} s, max {max(values):.3f} s"
-        )
+        print(f"  {name:<11} median {statistics.median(values):.3f} s, max {max(values):.3f} s")
     for stage in ("sample", "label", "pair", "train"):
         seconds = statistics.median(r.busy_s.get(stage, 0.0) for r in plain)
         print(f"  {stage:<11} median {seconds:.3f} s")

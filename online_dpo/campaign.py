@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import threading
@@ -25,8 +26,15 @@ from online_dpo.config_file import (
     override_config,
 )
 from online_dpo.crew import Crew
-from online_dpo.errors import ConfigError, CorruptError, DriftError, LockedError, SignalError
-from online_dpo.files import disk_faults
+from online_dpo.errors import (
+    CampaignError,
+    ConfigError,
+    CorruptError,
+    DriftError,
+    LockedError,
+    SignalError,
+)
+from online_dpo.files import disk_faults, remove_tree
 from online_dpo.judging import Labeller
 from online_dpo.locks import RunLock
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
@@ -43,7 +51,7 @@ from online_dpo.stages.promote import promote
 from online_dpo.stages.sample import sample
 from online_dpo.stages.train import train
 from online_dpo.store import RoundDir, RunDir
-from online_dpo.trust import check_trust
+from online_dpo.trust import check_trust, trust_flags
 
 if TYPE_CHECKING:
     from online_dpo.views import Campaign
@@ -94,7 +102,11 @@ def start(loaded: LoadedConfig, *, progress: Progress | None = None) -> Campaign
     if folder.exists:
         return _started_before(folder, loaded.config)
     _create(folder, loaded)
-    return _hold_and_run(folder, loaded.config, progress)
+    try:
+        return _hold_and_run(folder, loaded.config, progress)
+    except ConfigError as error:
+        _make_way(folder, error)
+        raise
 
 
 def resume(
@@ -127,6 +139,23 @@ def resume(
     elif is_finished(folder, config):
         return _view(folder)
     return _hold_and_run(folder, changed, progress, changes=changes)
+
+
+def _make_way(folder: RunDir, error: ConfigError) -> None:
+    """Let a corrected config take the place of one that could not be used."""
+    if folder.round(0).finished:
+        return
+    if folder.round(0).artifacts():
+        error.remedy = error.remedy or f"correct it, then: rm -r {folder.path} and run again"
+        return
+    for path in folder.path.iterdir():
+        remove_tree(path)
+    folder.path.rmdir()
+
+
+def resume_command(folder: RunDir, config: Config) -> str:
+    """The exact command that goes on with a campaign, with the trust that it needs."""
+    return " ".join(("online-dpo resume", shlex.quote(str(folder.path)), *trust_flags(config)))
 
 
 def is_finished(folder: RunDir, config: Config) -> bool:
@@ -264,22 +293,27 @@ def _hold_and_run(
     changes: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> Campaign:
     shown = progress or make_progress(quiet=True)
-    with disk_faults(folder.path), _signals(folder.path):
-        lock = RunLock(folder.path)
-        try:
-            if changes:
-                _record_change(folder, changes)
-            check_pin(folder)
-            with _Loop(folder, config, shown) as loop:
-                loop.run()
-        finally:
-            shown.close()
-            lock.release()
+    try:
+        with disk_faults(folder.path), _signals():
+            lock = RunLock(folder.path)
+            try:
+                if changes:
+                    _record_change(folder, changes)
+                check_pin(folder)
+                with _Loop(folder, config, shown) as loop:
+                    loop.run()
+            finally:
+                shown.close()
+                lock.release()
+    except CampaignError as error:
+        if not isinstance(error, ConfigError):
+            error.remedy = error.remedy or resume_command(folder, config)
+        raise
     return _view(folder)
 
 
 @contextmanager
-def _signals(run: Path) -> Iterator[None]:
+def _signals() -> Iterator[None]:
     """SIGINT and SIGTERM end the campaign in good order; a second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -288,11 +322,7 @@ def _signals(run: Path) -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, signal.SIG_DFL)
-        raise SignalError(
-            f"Stopped by {signal.Signals(number).name}.",
-            exit_code=128 + number,
-            remedy=f"online-dpo resume {run}",
-        )
+        raise SignalError(f"Stopped by {signal.Signals(number).name}.", exit_code=128 + number)
 
     old = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -325,6 +355,9 @@ class _Loop:
         self._folder.event("campaign started", pid=os.getpid(), made_with=self._crew.facts)
         rebuild_metrics(self._folder)
         total = self._config.campaign.rounds
+        if not self._folder.round(total).finished:
+            for evaluation in (False, True):
+                self._labeller(evaluation, 0)
         if not self._folder.round(0).finished:
             self._timed(0, self._origin)
         history = [_past(r) for r in self._folder.rounds() if r.finished]

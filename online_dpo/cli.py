@@ -46,7 +46,7 @@ def main() -> None:
         app()
     except CampaignError as error:
         _fail(error, debug)
-    except OSError as error:
+    except Exception as error:
         fault = as_disk_error(error)
         if fault is None:
             raise

@@ -7,17 +7,26 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from online_dpo.errors import CorruptError, DiskError
+from online_dpo.errors import CampaignError, CorruptError, DiskError
 
 PARTIAL = ".partial"
 """The suffix of what is not complete; a path without it is."""
 
-_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_DISK_FAULTS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+}
 
 
 def sha256_file(path: Path) -> str:
@@ -92,16 +101,28 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def as_disk_error(error: OSError, place: str | os.PathLike[str] | None = None) -> DiskError | None:
-    """The DiskError that an OSError amounts to, or None where it is no fault of the disk."""
-    if isinstance(error, DiskError) or error.errno not in _DISK_FAULTS:
+def as_disk_error(
+    error: BaseException, place: str | os.PathLike[str] | None = None
+) -> DiskError | None:
+    """The DiskError that an error amounts to, or None where it is no fault of the disk.
+
+    Libraries in Rust (safetensors) say `(os error 28)` in their own exceptions.
+    """
+    if isinstance(error, CampaignError):
         return None
-    path = error.filename or place or "the run directory"
-    cause = os.strerror(error.errno or 0)
+    number = error.errno if isinstance(error, OSError) else _rust_errno(error)
+    if number not in _DISK_FAULTS:
+        return None
+    path = getattr(error, "filename", None) or place or "the run directory"
     return DiskError(
-        f"Writing {path} failed: {cause}.",
+        f"Writing {path} failed: {os.strerror(number)}.",
         safe="Everything committed before is intact; half-written files are ignored.",
     )
+
+
+def _rust_errno(error: BaseException) -> int:
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextlib.contextmanager
@@ -109,7 +130,7 @@ def disk_faults(place: Path) -> Iterator[None]:
     """Turn a full, read-only or failing disk into a DiskError."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         fault = as_disk_error(error, place)
         if fault is None:
             raise

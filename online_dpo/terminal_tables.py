@@ -53,7 +53,7 @@ def make_console() -> Console:
     """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(errors="backslashreplace")
+        reconfigure(errors="strict")
     return Console(markup=False, highlight=False, emoji=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,17 @@ def check_trust(config: Config, trusted: Sequence[str], *, run: Path) -> None:
     missing = [entry for entry in missing if entry not in trusted]
     if missing:
         named = "\n".join(f"  {entry}" for entry in missing)
-        flags = " ".join(f"--trust {_quoted(entry)}" for entry in missing)
+        flags = " ".join(f"--trust {shlex.quote(entry)}" for entry in missing)
         raise ConfigError(
             f"{run} names code to run:\n{named}\nIf you know it and where it comes from, say so.",
             remedy=f"online-dpo resume {run} {flags}",
         )
 
 
+def trust_flags(config: Config) -> list[str]:
+    """The arguments of `resume` that trust all code a config names."""
+    return [f"--trust {shlex.quote(f'{field}={value}')}" for field, value in code_fields(config)]
+
+
 def _imports_code(key: str, value: Any) -> bool:
     return key in _CODE_ENGINE_KEYS or (key == "trust_remote_code" and bool(value))
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

@@ -58,8 +58,7 @@ def _load(name: str) -> Any:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, OSError):
-        error = as_disk_error(error) or error
+    error = as_disk_error(error) or error
     if isinstance(error, CampaignError):
         facts = {"message": error.message, "remedy": error.remedy, "safe": error.safe}
         return {"type": type(error).__name__, **facts}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,9 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+    from vllm_processes import VllmServer
+
+    from online_dpo.workers import ChildWorker
 
 # Two processes with two threads each on two cores are ten times slower than one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 320 entries with an EOS, a padding token and a chat template."""
+    """A byte-level BPE tokenizer of 320 entries with EOS, padding and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -35,7 +40,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(["the quick brown fox jumps over the lazy dog and the other one"], trainer)
+    bpe.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the other one"], trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
     )
@@ -80,3 +87,49 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Qwen2 with tied embeddings."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def vllm_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildWorker]:
+    """The shared vLLM engine: a sampler worker on the CPU, which `fail` breaks in stated ways.
+
+    A test loads the policy that it needs, by a sha256 of its own, and mends what it broke.
+    """
+    _require_vllm()
+    from vllm_processes import ENVIRONMENT
+
+    from online_dpo.workers import ChildWorker
+
+    run = tmp_path_factory.mktemp("vllm_worker")
+    worker = ChildWorker(
+        "sampler",
+        "vllm_processes:FaultyHandler",
+        {
+            "sampler": "vllm",
+            "device": "cpu",
+            "threads": 1,
+            "model": {"path": "tiny"},
+            "sampling": {"sampler": "vllm"},
+        },
+        run=run,
+        log=run / "sampler.log",
+        env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    yield worker
+    worker.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """A real OpenAI-compatible server of the tiny Qwen2, with chat and structured output."""
+    from vllm_processes import running_server
+
+    _require_vllm()
+    with running_server(tiny_qwen2, tmp_path_factory.mktemp("vllm_server") / "log") as server:
+        yield server
+
+
+def _require_vllm() -> None:
+    """Importing vllm to see whether it is there would take seconds and change this process."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")

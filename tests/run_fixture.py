@@ -48,7 +48,7 @@ def make_run(
     Of the rounds `finished` are done, and the next has its first shard sampled. `judge` is "score"
     or "compare". Every round's policy is a copy of the folder `policy`; `pinned` makes policy 0 a
     given model instead of an sft policy. Prompts are "text", "messages" or "both". `odd_answer`
-    becomes the text of a pair and of an answer of every round.
+    becomes the text of an answer and of the widest pair of every round.
     """
     run = RunDir(folder / "demo")
     run.path.mkdir(parents=True)
@@ -126,7 +126,7 @@ class _Maker:
         )  # fmt: skip
         rows = [plain(p) for p in pairing.preferences]
         if self.odd is not None:
-            rows[0]["chosen_text"] = self.odd
+            rows[0] |= {"chosen_text": self.odd, "margin": 9.0}
         with round_dir.commit("pairs", inputs={"labels": labels}) as draft:
             write_table(draft.path / "pairs.parquet", "pairs", rows)
             metrics = {
@@ -170,7 +170,8 @@ class _Maker:
     def _responses(self, prompt: Prompt, skill: int, count: int) -> list[Response]:
         made = []
         for k in range(count):
-            num_good = sum(self.random.random() < 0.25 + 0.22 * skill for _ in range(3))
+            chance = min(0.25 + 0.22 * skill, 0.9)
+            num_good = sum(self.random.random() < chance for _ in range(3))
             words = self.random.sample(GOOD, num_good) + self.random.sample(BAD, 3 - num_good)
             text = " ".join(words)
             tokens = tuple(3 + len(word) for word in text.split()) + (2,)

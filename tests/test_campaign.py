@@ -122,9 +122,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("artifact", "after"), STAGES)
-def test_a_kill_changes_nothing(
-    finished: Path, tmp_path: Path, artifact: str, after: bool
-) -> None:
+def test_a_kill_changes_nothing(finished: Path, tmp_path: Path, artifact: str, after: bool) -> None:
     config = tiny_config(tmp_path / "run")
     assert in_child(run_and_die, config, artifact, after) == -signal.SIGKILL
     assert in_child(run_it, config) == 0

@@ -201,15 +201,15 @@ def test_demonstrations_are_well_formed_and_mostly_not_positive() -> None:
     ("text", "expected"),
     [
         ("The plot is superb.", True),
-        ("I loved the warm ending. It made my day brighter.", True),
+        ("I loved the warm ending. In short, it made my day brighter.", True),
         ("The plot is superb", False),
         ("The plot  is superb.", False),
         ("The plot is superb. ", False),
         ("plot is superb.", False),
         ("It is a ordinary film for families.", False),
         ("The plot is superb. The casing is sturdy.", False),  # a film and a product
-        ("It made my day brighter. The plot is superb.", False),  # the closing comes last
-        ("It made my day brighter.", False),
+        ("In short, it made my day brighter. The plot is superb.", False),  # the closing comes last
+        ("In short, it made my day brighter.", False),
         ("superb superb superb", False),
         ("", False),
     ],

@@ -316,7 +316,10 @@ def test_calls_in_flight_settle_when_another_fails(make: MakeLabeller, tmp_path:
     assert sorted(state for (state,) in rows(tmp_path, "state")) == ["failed"] + ["settled"] * 3
 
 
-def test_cancelled_calls_are_charged_as_unknown(make: MakeLabeller, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["cancel", "close"])
+def test_cancelled_calls_are_charged_as_unknown(
+    make: MakeLabeller, tmp_path: Path, ending: str
+) -> None:
     with serve(Hang()) as server:
         labeller = make(server, orders="one")
         failures = []
@@ -331,7 +334,7 @@ def test_cancelled_calls_are_charged_as_unknown(make: MakeLabeller, tmp_path: Pa
         thread.start()
         while len(server.requests) < 3:
             thread.join(0.01)
-        labeller.cancel()
+        getattr(labeller, ending)()
         thread.join(20)
         labeller.close()
     assert failures == ["CancelledError"]

@@ -23,7 +23,13 @@ def responses(*texts: str) -> list[Response]:
 
 
 def pairs_of(item: Judged, selector: str = "best_worst", **settings: object) -> Pairing:
-    defaults = {"round_number": 1, "seed": 0, "scale": 1.0, "min_margin": 0.0, "max_per_prompt": None}
+    defaults = {
+        "round_number": 1,
+        "seed": 0,
+        "scale": 1.0,
+        "min_margin": 0.0,
+        "max_per_prompt": None,
+    }
     return make_pairs([item], SELECTORS[selector], **{**defaults, **settings})  # type: ignore[arg-type]
 
 

@@ -73,10 +73,14 @@ def test_the_same_call_gives_the_same_bytes(sampler: TransformersSampler) -> Non
 
 def test_a_response_depends_on_its_seed_not_on_its_neighbours(tiny_llama: Path) -> None:
     together = answer(open_sampler(tiny_llama), requests(16))
-    alone = [r for one in requests(16) for r in answer(open_sampler(tiny_llama, batch_size=1), [one])]
+    alone = [
+        r for one in requests(16) for r in answer(open_sampler(tiny_llama, batch_size=1), [one])
+    ]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert len({r.token_ids for r in together}) > 20
-    again = answer(open_sampler(tiny_llama), [request("other", requests(1)[0].prompt.token_ids, 1, 0)])
+    again = answer(
+        open_sampler(tiny_llama), [request("other", requests(1)[0].prompt.token_ids, 1, 0)]
+    )
     assert [r.token_ids for r in again] == [together[1].token_ids, together[0].token_ids]
 
 
@@ -113,7 +117,9 @@ def test_logprobs_are_raw_whatever_the_sampling(
     prompts = {one.prompt.id: one.prompt.token_ids for one in asked}
     responses = answer(sampler, asked, **changes)
     sequences = [(prompts[r.prompt_id], r.token_ids) for r in responses]
-    for r, scored, (prompt, ids) in zip(responses, sampler.score(sequences), sequences, strict=True):
+    for r, scored, (prompt, ids) in zip(
+        responses, sampler.score(sequences), sequences, strict=True
+    ):
         expected = exact_logps(tiny_llama, prompt, ids)
         assert r.logprobs == pytest.approx(expected, abs=2e-5)
         assert scored == pytest.approx(expected, abs=2e-5)
@@ -132,7 +138,7 @@ def first_token_probs(folder: Path, prompt: tuple[int, ...]) -> torch.Tensor:
 def test_tokens_are_drawn_from_the_distribution_asked_for(
     sampler: TransformersSampler, tiny_llama: Path, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """Chi-squared by hand: the statistic's mean is its degrees of freedom, its variance twice that."""
+    """Chi-squared by hand: its mean is the degrees of freedom, its variance twice that."""
     prompt, num = (5, 6, 7), 4000
     probs = first_token_probs(tiny_llama, prompt) ** (1 / temperature)
     order = probs.argsort(descending=True)
@@ -196,8 +202,8 @@ def test_nothing_else_comes_from_the_generation_config(
 ) -> None:
     folder = with_config(
         tiny_llama, tmp_path / "m", "generation_config.json",
-        do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0, max_length=6, min_length=40,
-        suppress_tokens=list(range(100)),
+        do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0, max_length=6,
+        min_length=40, suppress_tokens=list(range(100)),
     )  # fmt: skip
     other = open_sampler(folder)
     assert answer(other, requests(6)) == answer(sampler, requests(6))

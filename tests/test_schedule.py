@@ -41,7 +41,10 @@ POOL = PromptPool({"a": ["p1", "p2", "p3"]}, {"a": 1.0}, "table")
 
 
 @given(
-    size=st.integers(1, 60), per_round=st.integers(1, 60), rounds=st.integers(1, 8), seed=st.integers()
+    size=st.integers(1, 60),
+    per_round=st.integers(1, 60),
+    rounds=st.integers(1, 8),
+    seed=st.integers(),
 )
 def test_no_prompt_repeats_before_the_set_is_used_up(
     size: int, per_round: int, rounds: int, seed: int
@@ -114,7 +117,9 @@ def test_evaluations_fall_on_every_kth_round_and_the_last() -> None:
 
 
 def test_seeds_differ_by_every_part() -> None:
-    seeds = {derive_seed(*parts) for parts in [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1)]}
+    seeds = {
+        derive_seed(*parts) for parts in [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1)]
+    }
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -127,6 +132,8 @@ def test_seeds_differ_by_every_part() -> None:
         ({"save_policy_every": 3}, [1, 4]),
     ],
 )
-def test_retention_never_deletes_what_is_needed(campaign: dict[str, object], expected: list[int]) -> None:
+def test_retention_never_deletes_what_is_needed(
+    campaign: dict[str, object], expected: list[int]
+) -> None:
     finished = [KeptRound(n, promoted=n in (0, 2)) for n in range(6)]
     assert deletable(config(campaign=campaign), finished) == expected

@@ -139,7 +139,7 @@ def test_a_run_without_rounds_prints_its_header(
 def test_a_comparing_judge_has_win_rates_and_no_reward(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = status(make_run(tmp_path, judge="compare"), capsys)
+    shown = status(make_run(tmp_path, rounds=1, judge="compare"), capsys)
     assert "reward" not in shown
     assert "wins vs 0" in shown and "against policy 0." in shown.replace("\n", " ")
 
@@ -173,14 +173,14 @@ def test_a_long_campaign_is_summed_up_in_few_rows(
 def test_a_long_answer_is_cut_with_what_is_missing_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_summary(Campaign(make_run(tmp_path, odd_answer="abcd " * 200)))
+    print_summary(Campaign(make_run(tmp_path, rounds=1, odd_answer="abcd " * 200)))
     assert "[... 400 more characters; the report has them]" in capsys.readouterr().out
 
 
 def test_models_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path, odd_answer=HOSTILE)
+    run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE)
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
     print_summary(Campaign(run))
     print_pair(Campaign(run), pair["pair_id"])
@@ -209,7 +209,7 @@ def test_a_pair_is_shown_with_its_scores(run: Path, capsys: pytest.CaptureFixtur
 def test_a_compared_pair_is_shown_with_its_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path, judge="compare", form="messages")
+    run = make_run(tmp_path, rounds=1, judge="compare", form="messages")
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
     print_pair(Campaign(run), pair["pair_id"])
     shown = capsys.readouterr().out

@@ -46,7 +46,11 @@ def tiny_config(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         "sampling": {"n": 4, "max_new_tokens": 12, "prompts_per_shard": 4},
         "judge": {
             "name": "heuristic",
-            "options": {"scorers": [{"kind": "lexicon", "positive": ["red", "round"], "negative": ["blue", "small"]}]},
+            "options": {
+                "scorers": [
+                    {"kind": "lexicon", "positive": ["red", "round"], "negative": ["blue", "small"]}
+                ]
+            },
         },
         "train": {
             "learning_rate": 1e-3,
@@ -64,7 +68,9 @@ def tiny_config(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 def digests(run: Path) -> dict[str, str]:
     """The sha256 of everything a campaign commits, by relative path; logs and times left out."""
-    files = [p for p in sorted((run / "rounds").rglob("*")) if p.is_file() and "logs" not in p.parts]
+    files = [
+        p for p in sorted((run / "rounds").rglob("*")) if p.is_file() and "logs" not in p.parts
+    ]
     files.append(run / "metrics.jsonl")
     return {
         p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import ModelConfig, TrainConfig
+from online_dpo.models import Dtype
 from online_dpo.training.handler import Trainer
 
 
-def settings(*, num_processes: int = 1, dtype: str = "float32", **train: Any) -> dict[str, Any]:
+def settings(*, num_processes: int = 1, dtype: Dtype = "float32", **train: Any) -> dict[str, Any]:
     """A trainer's settings on one CPU thread; `train` are TrainConfig's fields."""
     return {
         "device": "cpu",

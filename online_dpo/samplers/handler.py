@@ -22,9 +22,10 @@ from online_dpo.records import (
 from online_dpo.samplers.canary import TOLERANCES, Deviation, deviation
 from online_dpo.samplers.responses import TokenPairs
 from online_dpo.tables import read_table, write_table
+from online_dpo.tokenization import encode_answer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -91,6 +92,8 @@ class SamplerHandler:
     ) -> None:
         self._engine = make_engine(settings, model_source=model_source)
         self._loaded: str | None = None
+        self._model = ModelConfig(**settings["model"])
+        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def load(
         self, *, emit: Emit, model: Mapping[str, str], canary: str | None = None
@@ -148,6 +151,24 @@ class SamplerHandler:
     def score(self, *, emit: Emit, sequences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Raw log-probs of each response token, for rows with "prompt" and "response" ids."""
         return {"logps": self._engine.score(_pairs(sequences))}
+
+    def encode(
+        self, *, emit: Emit, model: Mapping[str, str], answers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The policy's token ids of texts by others, rows with "text" and "append_eos"."""
+        from online_dpo.models import load_tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                Path(model["path"]), trust_remote_code=self._model.trust_remote_code
+            )
+        tokenizer = self._tokenizer
+        return {
+            "ids": [
+                list(encode_answer(tokenizer, row["text"], append_eos=row["append_eos"]))
+                for row in answers
+            ]
+        }
 
     def sleep(self, *, emit: Emit) -> dict[str, Any]:
         """Hand the GPU's memory back for a while."""

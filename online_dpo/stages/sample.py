@@ -127,7 +127,9 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
     if not texts:
         return []
     encoded = context.crew.sampler().call(
-        "encode", answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts]
+        "encode",
+        model=context.model_params(context.inputs.policy),
+        answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts]
     )
     return [
         Response(name, prompt_id, text, tuple(ids), "eos" if done else "length", source)

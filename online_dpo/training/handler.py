@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from online_dpo import models
 from online_dpo.errors import ConfigError
+from online_dpo.offline_pairs import read_offline_pairs
+from online_dpo.records import to_dict
+from online_dpo.tables import write_table
 from online_dpo.tokenization import prepare_prompts
 from online_dpo.training import dpo
 from online_dpo.training.cache import ModelCache
@@ -121,6 +124,19 @@ class Trainer:
             "eval": roles.count("eval"),
             "problems": len(problems),
         }
+
+    def tokenize_pairs(
+        self, *, emit: Emit, model: str, source: str, append_eos: bool, max_tokens: int, out: str
+    ) -> dict[str, Any]:
+        """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`."""
+        if not self._first:
+            return {}
+        preferences, problems = read_offline_pairs(
+            self._tokenizer(Path(model)), source, append_eos=append_eos, max_tokens=max_tokens
+        )
+        write_table(Path(out) / "pairs.parquet", "pairs", [to_dict(p) for p in preferences])
+        write_jsonl(Path(out) / "problems.jsonl", problems)
+        return {"rows": len(preferences), "problems": len(problems)}
 
     def score(
         self,

@@ -1,0 +1,60 @@
+"""Offline pairs, earlier rounds' pairs and other answers join a campaign, marked by origin."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tiny import in_child, tiny_config
+
+from online_dpo.store import RunDir
+from online_dpo.tables import read_table
+
+
+def run_it(config: dict[str, Any]) -> None:
+    import online_dpo
+
+    online_dpo.run(config)
+
+
+def test_offline_and_earlier_pairs_make_up_their_shares(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"red {i}:", "chosen": f" red {i} round.", "rejected": f" blue {i}."}
+        for i in range(30)
+    ]
+    rows.append({"prompt": "red 0:", "chosen": " same", "rejected": " same"})
+    offline = tmp_path / "offline.jsonl"
+    offline.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    config = tiny_config(
+        tmp_path / "run",
+        pairs={"earlier_share": 0.25, "offline": {"path": str(offline), "share": 0.25}},
+    )
+    assert in_child(run_it, config) == 0
+    run = RunDir(tmp_path / "run")
+    assert run.round(0).manifest("offline")["rows"] == 30
+    problems = (run.path / "rounds/000/offline/problems.jsonl").read_text()
+    assert "identical" in problems
+    pairs = read_table(run.path / "rounds/002/pairs/pairs.parquet")
+    origins = Counter(row["origin"] for row in pairs)
+    new = origins["round-002"]
+    assert origins["offline"] == round(new / 2) and 0 < origins["round-001"] <= round(new / 2)
+    assert len({row["pair_id"] for row in pairs}) == len(pairs)
+
+
+def test_given_answers_join_the_candidates(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", campaign={"rounds": 1})
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.loads(line) for line in prompts.read_text().splitlines()]
+    prompts.write_text(
+        "\n".join(json.dumps({**line, "gold": " red red red red round."}) for line in lines)
+    )
+    config["prompts"]["train"][0]["answer_field"] = "gold"
+    assert in_child(run_it, config) == 0
+    shard = tmp_path / "run/rounds/001/samples/part-00000/samples.parquet"
+    rows = read_table(shard)
+    assert Counter(row["source"] for row in rows) == {"policy": 16, "given": 4}
+    assert all(row["logprobs"] is None for row in rows if row["source"] == "given")
+    pairs = read_table(tmp_path / "run/rounds/001/pairs/pairs.parquet")
+    assert {row["chosen_text"] for row in pairs} == {" red red red red round."}
