@@ -23,20 +23,32 @@ NUM_SUM_PROMPTS, NUM_SUM_EVAL, NUM_SUM_DEMONSTRATIONS = 1024, 256, 4096
 # Most demonstrations are negative or neutral: this is what the campaign has to change.
 MOODS = {"negative": 0.5, "neutral": 0.28, "positive": 0.22}
 
+
+def listed(text: str) -> list[str]:
+    """The parts of a text between vertical bars."""
+    return text.split("|")
+
+
 # What is reviewed: (first words, second words), and how the prompt names it.
 SUBJECTS = {
     "film": (
-        "Harbor Winter Silver Midnight Paper Northern Hidden Golden Broken Summer Distant Crimson "
-        "Hollow Quiet Burning Last Second Empty Velvet Stolen".split(),
-        "Lights River Garden Letters Train Island Promise Mirror Station Voyage Orchard Bridge "
-        "Signal Summer Tower Shadows".split(),
+        listed(
+            "Harbor|Winter|Silver|Midnight|Paper|Northern|Hidden|Golden|Broken|Summer|Distant|"
+            "Crimson|Hollow|Quiet|Burning|Last|Second|Empty|Velvet|Stolen"
+        ),
+        listed(
+            "Lights|River|Garden|Letters|Train|Island|Promise|Mirror|Station|Voyage|Orchard|"
+            "Bridge|Signal|Summer|Tower|Shadows"
+        ),
     ),
     "product": (
-        "Alder Birch Cedar Comet Delta Ember Falcon Heron Juniper Lark Maple Meadow Nova Orbit "
-        "Pine Quartz Raven Sable Tundra Willow".split(),
-        "kettle|desk lamp|backpack|toaster|blender|radio|keyboard|tent|coffee grinder|"
-        "alarm clock|office chair|hair dryer|bicycle pump|tool box|rain jacket|garden hose".split(
-            "|"
+        listed(
+            "Alder|Birch|Cedar|Comet|Delta|Ember|Falcon|Heron|Juniper|Lark|Maple|Meadow|Nova|"
+            "Orbit|Pine|Quartz|Raven|Sable|Tundra|Willow"
+        ),
+        listed(
+            "kettle|desk lamp|backpack|toaster|blender|radio|keyboard|tent|coffee grinder|"
+            "alarm clock|office chair|hair dryer|bicycle pump|tool box|rain jacket|garden hose"
         ),
     ),
 }
@@ -47,33 +59,43 @@ PROMPTS = {
 
 # Word lists by (kind of subject, mood). Every word has one mood only: `lexicon` relies on it.
 ADJECTIVES = {
-    ("film", "negative"): "dull weak flat clumsy boring lifeless forgettable tiresome "
-    "confusing dreadful",
-    ("film", "neutral"): "ordinary familiar simple quiet average plain modest conventional",
-    ("film", "positive"): "superb brilliant charming delightful wonderful gripping graceful "
-    "moving inventive excellent warm elegant memorable clever",
-    ("product", "negative"): "poor flimsy awkward shoddy ugly unreliable annoying disappointing "
-    "clumsy dreadful",
-    ("product", "neutral"): "ordinary basic plain simple average standard usual modest",
-    ("product", "positive"): "excellent sturdy elegant superb lovely impressive fantastic "
-    "delightful clever wonderful reliable handy beautiful charming",
+    ("film", "negative"): listed(
+        "dull|weak|flat|clumsy|boring|lifeless|forgettable|tiresome|confusing|dreadful"
+    ),
+    ("film", "neutral"): listed("ordinary|familiar|simple|quiet|average|plain|modest|conventional"),
+    ("film", "positive"): listed(
+        "superb|brilliant|charming|delightful|wonderful|gripping|graceful|moving|inventive|"
+        "excellent|warm|elegant|memorable|clever"
+    ),
+    ("product", "negative"): listed(
+        "poor|flimsy|awkward|shoddy|ugly|unreliable|annoying|disappointing|clumsy|dreadful"
+    ),
+    ("product", "neutral"): listed("ordinary|basic|plain|simple|average|standard|usual|modest"),
+    ("product", "positive"): listed(
+        "excellent|sturdy|elegant|superb|lovely|impressive|fantastic|delightful|clever|wonderful|"
+        "reliable|handy|beautiful|charming"
+    ),
 }
 VERBS = {
-    "negative": "disliked hated resented".split(),
-    "neutral": "noticed expected remembered".split(),
-    "positive": "loved enjoyed admired liked".split(),
+    "negative": listed("disliked|hated|resented"),
+    "neutral": listed("noticed|expected|remembered"),
+    "positive": listed("loved|enjoyed|admired|liked"),
 }
 ASPECTS = {
-    "film": "acting|plot|music|ending|dialogue|pacing|camera work|opening scene|humour|story",
-    "product": "design|build quality|finish|packaging|manual|workmanship|material|colour|casing|"
-    "overall look",
+    "film": listed(
+        "acting|plot|music|ending|dialogue|pacing|camera work|opening scene|humour|story"
+    ),
+    "product": listed(
+        "design|build quality|finish|packaging|manual|workmanship|material|colour|casing|"
+        "overall look"
+    ),
 }
-WHOLES = {"film": ["film", "picture", "drama"], "product": ["product", "choice", "gadget"]}
+WHOLES = {"film": listed("film|picture|drama"), "product": listed("product|choice|gadget")}
 AUDIENCES = {
-    "film": ["families", "a rainy evening", "fans of the genre", "most viewers"],
-    "product": ["beginners", "a small home", "daily use", "most people"],
+    "film": listed("families|a rainy evening|fans of the genre|most viewers"),
+    "product": listed("beginners|a small home|daily use|most people"),
 }
-ADVERBS = ["really", "simply", "quite", "truly"]
+ADVERBS = listed("really|simply|quite|truly")
 
 # Sentences; {aspect}, {adjective} and the like are drawn anew at each place, {contrast} is an
 # adjective of another mood.
@@ -115,9 +137,7 @@ CLOSING_WORDS = {
 
 def lexicon(mood: str) -> list[str]:
     """The words that only reviews (or clauses) of this mood contain, sorted."""
-    adjectives = [
-        word for (_, of), words in ADJECTIVES.items() if of == mood for word in words.split()
-    ]
+    adjectives = [word for (_, of), words in ADJECTIVES.items() if of == mood for word in words]
     return sorted({*adjectives, *VERBS[mood], *CLOSING_WORDS.get(mood, [])})
 
 
@@ -127,17 +147,17 @@ def with_article(adjective: str) -> str:
 
 def expansions(name: str, kind: str, mood: str) -> list[str]:
     """What may stand at {name} in a sentence of this mood about this kind of subject."""
-    adjectives = ADJECTIVES[kind, mood].split()
+    adjectives = ADJECTIVES[kind, mood]
     match name:
         case "adjective":
             return adjectives
         case "a_adjective":
             return [with_article(adjective) for adjective in adjectives]
         case "contrast":
-            others = [ADJECTIVES[kind, other].split() for other in MOODS if other != mood]
+            others = [ADJECTIVES[kind, other] for other in MOODS if other != mood]
             return [adjective for words in others for adjective in words]
         case "aspect":
-            return ASPECTS[kind].split("|")
+            return ASPECTS[kind]
         case "verb":
             return VERBS[mood]
         case "adverb":
@@ -259,6 +279,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "prompts")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path(__file__).parents[1] / "prompts"
+    )
     for path in write_files(parser.parse_args().folder):
         print(f"{path}  {path.stat().st_size / 1e3:.0f} kB")

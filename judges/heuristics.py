@@ -24,8 +24,8 @@ from online_dpo.errors import ConfigError
 from online_dpo.records import Prompt, Response, Score
 from online_dpo.resources import find_data
 
-START, END = "<start>", "<end>"
-"""Stand before the first word and after the last one; no word contains angle brackets and a space."""
+START, END = "start of text", "end of text"
+"""Stand before the first word and after the last one; a word contains no space."""
 
 Measure = Callable[[Response], float]
 
@@ -88,7 +88,7 @@ class Regex(_Options):
 
     kind: Literal["regex"]
     pattern: str
-    """A Python regular expression, searched for anywhere; anchor it with \\A and \\Z where needed."""
+    """A Python regular expression, searched for anywhere; anchor it where needed."""
 
     @model_validator(mode="after")
     def _check_pattern(self) -> Regex:
@@ -160,9 +160,7 @@ def _measure(options: Options) -> Measure:
             return lambda response: float(found.search(response.text) is not None)
         case Transitions(corpus=corpus):
             seen = corpus_transitions(corpus)
-            return lambda response: -float(
-                sum(pair not in seen for pair in transitions(response.text, response.truncated))
-            )
+            return lambda response: -num_unseen(response, seen)
         case Finished():
             return lambda response: -float(response.truncated)
 
@@ -176,6 +174,12 @@ def transitions(text: str, truncated: bool) -> list[tuple[str, str]]:
     """Neighbouring words, the start and (unless it was cut off) the end included."""
     sequence = [START, *words(text), *([] if truncated else [END])]
     return list(zip(sequence, sequence[1:], strict=False))
+
+
+def num_unseen(response: Response, seen: frozenset[tuple[str, str]]) -> float:
+    """How many of a response's transitions are not among those seen."""
+    pairs = transitions(response.text, response.truncated)
+    return float(sum(pair not in seen for pair in pairs))
 
 
 def repeated_share(sequence: Sequence[str], n: int) -> float:

@@ -139,8 +139,10 @@ class Door:
         """Send nothing more: waits and retries end, calls in flight may still settle."""
         self._closed.set()
 
-    def summary(self) -> dict[str, Any]:
-        """An event with what the door has done since it was opened."""
+    def summary(self) -> dict[str, Any] | None:
+        """An event with what the door has done since it was opened, if anything."""
+        if not self._counts:
+            return None
         counts = dict(self._counts)
         cost = counts.pop("cost_pico", 0)
         return {"event": "judge_calls", "judge": self._judge, **counts, "cost_usd": cost / PICO}

@@ -36,6 +36,7 @@ from online_dpo.errors import (
 )
 from online_dpo.files import disk_faults, remove_tree
 from online_dpo.judging import Labeller
+from online_dpo.ledger import LEDGER, check_ledger
 from online_dpo.locks import RunLock
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
 from online_dpo.progress import Progress, make_progress
@@ -300,6 +301,7 @@ def _hold_and_run(
                 if changes:
                     _record_change(folder, changes)
                 check_pin(folder)
+                _check_ledger(folder)
                 with _Loop(folder, config, shown) as loop:
                     loop.run()
             finally:
@@ -310,6 +312,19 @@ def _hold_and_run(
             error.remedy = error.remedy or resume_command(folder, config)
         raise
     return _view(folder)
+
+
+def _check_ledger(folder: RunDir) -> None:
+    """The labels' manifests name the ledger that they rest on; it must still begin so."""
+    named = [
+        manifest["ledger"]
+        for round_dir in folder.rounds()
+        for name in round_dir.children("labels")
+        if "ledger" in (manifest := round_dir.manifest(name))
+    ]
+    if named:
+        last = max(named, key=lambda facts: int(facts["rows"]))
+        check_ledger(folder.path / LEDGER, int(last["rows"]), str(last["sha256"]))
 
 
 @contextmanager
@@ -386,7 +401,8 @@ class _Loop:
         if not context.round.planned:
             seed = self._config.campaign.seed
             context.round.write_plan({"round": 0, "seed": seed})
-        make_origin(context)
+        with context.working("origin"):
+            make_origin(context)
         self._check_pool(context)
         evaluate(context)
         promote(context)
@@ -438,7 +454,7 @@ class _Loop:
         labeller = Labeller(
             config,
             base=None,
-            ledger_path=self._folder.path / "judgments.sqlite",
+            ledger_path=self._folder.path / LEDGER,
             seed=self._config.campaign.seed,
             round=number,
             on_event=lambda event: self._folder.event("judge", **event),

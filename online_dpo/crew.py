@@ -106,7 +106,7 @@ class Crew:
             settings,
             run=self._run,
             log=self._run / "logs" / "trainer.log",
-            launcher=trainer_launcher(config, gpu=self.gpu),
+            launcher=trainer_launcher(config),
             num_processes=config.train.num_processes,
             env=self._environment(self._devices(config.train.devices, "train.devices")),
         )
@@ -165,14 +165,22 @@ def choose_sampler(config: Config, *, gpu: bool, vllm: bool) -> str:
     return wanted
 
 
-def trainer_launcher(config: Config, *, gpu: bool) -> list[str]:
+def trainer_launcher(config: Config) -> list[str]:
     """What starts the trainer: python itself for one process, `accelerate launch` for several."""
     num_processes = config.train.num_processes
     if num_processes == 1:
         return [sys.executable]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
-    command += [str(num_processes), "--multi_gpu" if gpu else "--multi_cpu"]
-    for key, value in config.train.launch.items():
+    # --multi_gpu on a CPU too: the trainer then takes gloo, and --cpu would start one process only.
+    options = {
+        "num_processes": num_processes,
+        "num_machines": 1,
+        "mixed_precision": "no",
+        "dynamo_backend": "no",
+        "main_process_port": 0,
+        **config.train.launch,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    for key, value in options.items():
         command += [f"--{key}", str(value)]
     return command
 

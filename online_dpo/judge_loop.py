@@ -7,11 +7,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from online_dpo.askers import OnEvent
 from online_dpo.calls import CallContext, Door, Limits
 from online_dpo.config import JudgeConfig
 from online_dpo.deadline import Deadline
@@ -57,7 +58,7 @@ class LoopAsker:
         *,
         purpose: str,
         round: int,
-        on_event: Callable[[dict[str, Any]], None],
+        on_event: OnEvent,
     ) -> Generator[tuple[int, Answer], None, None]:
         """Yield (index, answer) as they come. Events of the door are passed on from this thread."""
         self._beat = time.monotonic()
@@ -74,14 +75,17 @@ class LoopAsker:
                 self._check_beat(future)
             future.result()
         except BaseException:
-            self.cancel()
+            if not future.done():
+                self.cancel()
             raise
         finally:
-            on_event(self._door.summary())
+            if (summary := self._door.summary()) is not None:
+                on_event(summary)
 
     def cancel(self) -> None:
         """End the asking under way; calls in flight are recorded as unknown."""
-        self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
 
     def close(self) -> None:
         """Close connections and the ledger and end the thread, if it can still be ended."""

@@ -7,13 +7,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
 
 from online_dpo import plugins
+from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
 from online_dpo.calls import Calls as Calls
 from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
@@ -36,22 +36,7 @@ from online_dpo.verdicts import (
 )
 from online_dpo.verdicts import Labels as Labels
 
-OnEvent = Callable[[dict[str, Any]], None]
-
 PROGRESS_EVERY_S = 10.0
-
-
-class Asker(Protocol):
-    """Answers questions in order; `cancel`, from another thread, makes it raise CancelledError."""
-
-    def answers(
-        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
-    ) -> Generator[tuple[int, Answer], None, None]:
-        """Yield (index of the question, answer) in whatever order they come."""
-
-    def cancel(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Labeller:
@@ -233,62 +218,6 @@ class Labeller:
             self._log.parent.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as log:
                 log.writelines(traceback.format_exception(error))
-
-
-class InlineAsker:
-    """Asks a pure and quick judge directly."""
-
-    def __init__(self, form: Form) -> None:
-        self._form = form
-        self._cancelled = False
-
-    def answers(
-        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
-    ) -> Generator[tuple[int, Answer], None, None]:
-        for index, question in enumerate(questions):
-            if self._cancelled:
-                raise CancelledError("labelling was cancelled")
-            yield index, self._form.ask(question, None)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class ProcessAsker:
-    """Asks a synchronous judge in its process, one question at a time, each with a deadline."""
-
-    def __init__(self, process: JudgeProcess, config: JudgeConfig, per_response: bool) -> None:
-        self._process = process
-        self._timeout_s = config.timeout_s
-        self._per_response = per_response
-        self._cancelled = False
-
-    def answers(
-        self, questions: Sequence[Question], *, purpose: str, round: int, on_event: OnEvent
-    ) -> Generator[tuple[int, Answer], None, None]:
-        for index, question in enumerate(questions):
-            calls = len(question.responses) if self._per_response else 1
-            try:
-                answer = self._process.ask(question, timeout_s=self._timeout_s * max(calls, 1))
-            except JudgeError:
-                self._raise_if_cancelled()
-                raise
-            self._raise_if_cancelled()
-            yield index, answer
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._process.kill()
-
-    def close(self) -> None:
-        self._process.close()
-
-    def _raise_if_cancelled(self) -> None:
-        if self._cancelled:
-            raise CancelledError("labelling was cancelled") from None
 
 
 class _Progress:

@@ -32,6 +32,9 @@ from online_dpo.ledger_table import Entry, Totals
 
 T = TypeVar("T")
 
+LEDGER = "judgments.sqlite"
+"""Its name in a run directory."""
+
 
 class Ledger:
     """An open ledger. Methods return futures: done means committed; they may be called anywhere."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from online_dpo.errors import ConfigError
 from online_dpo.records import Preference, Prompt, prompt_id
-from online_dpo.rows import Row, excerpt, kind_of, read_rows
+from online_dpo.rows import excerpt, kind_of, read_rows
 from online_dpo.tokenization import encode_answer, parse_prompt, tokenize_prompt
 
 if TYPE_CHECKING:
@@ -18,18 +18,24 @@ if TYPE_CHECKING:
 
 def read_offline_pairs(
     tokenizer: PreTrainedTokenizerBase, path: str, *, append_eos: bool, max_tokens: int
-) -> tuple[list[Preference], list[dict[str, Any]]]:
-    """The usable pairs of a file or dataset, and {line, reason, excerpt} of every other row.
+) -> tuple[list[Preference], list[Prompt], list[dict[str, Any]]]:
+    """The usable pairs of a file or dataset, their prompts, and every other row's problem.
+
+    A problem is {line, reason, excerpt}.
 
     Responses are strings, or conversations whose last message is the assistant's. Margins and p are
     those of a certain preference: 0.5 and 1. Raises ConfigError where no row is usable.
     """
     preferences: list[Preference] = []
     problems: list[dict[str, Any]] = []
+    prompts: dict[str, Prompt] = {}
     seen: set[str] = set()
     for row in read_rows(path):
         try:
-            preference = _preference(tokenizer, row, Path(path).stem, append_eos, max_tokens)
+            if row.values is None:
+                raise _Unusable(row.problem)
+            prompt = _prompt(tokenizer, row.values, Path(path).stem, max_tokens)
+            preference = _preference(tokenizer, row.values, prompt, append_eos)
             if preference.pair_id in seen:
                 raise _Unusable("duplicate")
         except _Unusable as problem:
@@ -38,10 +44,11 @@ def read_offline_pairs(
             continue
         seen.add(preference.pair_id)
         preferences.append(preference)
+        prompts[prompt.id] = prompt
     if not preferences:
         first = f" Line {problems[0]['line']}: {problems[0]['reason']}." if problems else ""
         raise ConfigError(f"pairs.offline: {path} has no usable preference.{first}")
-    return preferences, problems
+    return preferences, list(prompts.values()), problems
 
 
 class _Unusable(Exception):
@@ -49,12 +56,9 @@ class _Unusable(Exception):
 
 
 def _preference(
-    tokenizer: PreTrainedTokenizerBase, row: Row, source: str, append_eos: bool, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any], prompt: Prompt, append_eos: bool
 ) -> Preference:
-    if row.values is None:
-        raise _Unusable(row.problem)
-    prompt = _prompt(tokenizer, row.values, source, max_tokens)
-    chosen, rejected = (_answer(row.values, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (_answer(values, side) for side in ("chosen", "rejected"))
     sides = [encode_answer(tokenizer, text, append_eos=append_eos) for text in (chosen, rejected)]
     if sides[0] == sides[1]:
         raise _Unusable("chosen and rejected are identical")
@@ -63,7 +67,7 @@ def _preference(
     return Preference(
         pair_id=pair_id,
         prompt_id=prompt.id,
-        prompt_source=source,
+        prompt_source=prompt.source,
         prompt_token_ids=prompt.token_ids,
         chosen_id=f"{pair_id}:chosen",
         rejected_id=f"{pair_id}:rejected",

@@ -42,6 +42,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "p": "float64",
         "reason": "string",
         "orders": "int64",
+        "raws": "strings",
     },
     "pairs": {
         "pair_id": "string",
@@ -87,6 +88,7 @@ def _schema(kind: str) -> pa.Schema:
         "bool": pa.bool_(),
         "ids": pa.list_(pa.int32()),
         "floats": pa.list_(pa.float32()),
+        "strings": pa.list_(pa.string()),
     }
     return pa.schema([(name, types[kind]) for name, kind in _COLUMNS[kind].items()])
 

@@ -53,7 +53,7 @@ def make_console() -> Console:
     """
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(errors="strict")
+        reconfigure(errors="backslashreplace")
     return Console(markup=False, highlight=False, emoji=False)
 
 
@@ -72,9 +72,9 @@ def print_rounds(console: Console, rounds: Sequence[RoundView]) -> None:
     filled = [c for c in _COLUMNS if any(c.cell(r) != "-" for r in rounds)]
     shown = _fitting(filled, rounds, console.width)
     _print_table(console, [c.title for c in shown], [[c.cell(r) for c in shown] for r in rounds])
-    console.print()
     legend = [column.legend for column in shown if column.legend]
     if legend:
+        console.print()
         say_folded(console, "; ".join(legend) + ".", "dim")
     left_out = ", ".join(column.title for column in filled if column not in shown)
     if left_out:

@@ -27,11 +27,20 @@ def number(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text
 
 
-def estimate(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A mean ± its standard error."""
+def estimate(value: Mapping[str, Any] | None, digits: int | None = None) -> str:
+    """A mean ± its standard error, with as many digits as that makes sense of."""
     if value is None:
         return "-"
-    return f"{number(value['mean'], digits)} ± {number(value['stderr'], digits)}"
+    shown = precision(value) if digits is None else digits
+    return f"{number(value['mean'], shown)} ± {number(value['stderr'], shown)}"
+
+
+def precision(value: Mapping[str, Any]) -> int:
+    """Decimals worth showing of a mean whose scale nobody knows beforehand."""
+    stderr = value["stderr"]
+    if not 0.0 < stderr < 0.05:
+        return 1 if stderr >= 5.0 else 2
+    return 3 if stderr >= 0.005 else 4
 
 
 def drift(value: Mapping[str, Any] | None) -> str:
@@ -88,9 +97,9 @@ def headline(rounds: Sequence[RoundView]) -> str:
     if not measured:
         return "Nothing has been evaluated yet."
     first, last = measured[0], measured[-1]
-    reward = _mean(last)
+    reward, before = figure(last, "score"), figure(first, "score")
     if last.round == 0:
-        start = "" if reward is None else f" Its reward is {number(reward)}."
+        start = "" if reward is None else f" Its reward is {_mean(reward, reward)}."
         return f"Only policy 0 has been evaluated yet.{start}"
     opening = f"After {_rounds(last.round)} the policy"
     won = figure(last, "win_rate_policy0")
@@ -101,8 +110,8 @@ def headline(rounds: Sequence[RoundView]) -> str:
         f"{opening} wins {percent(won['value'])} (95% interval {interval}) of "
         f"{won['count']} held-out prompts against policy 0"
     )
-    if _mean(first) is not None and reward is not None:
-        sentence += f"; reward {change(_mean(first), reward)}"
+    if before is not None and reward is not None:
+        sentence += f"; reward {_mean(before, reward)} → {_mean(reward, reward)}"
     return sentence + _verdict(won)
 
 
@@ -187,9 +196,9 @@ def _displaced(last: RoundView) -> str | None:
     )
 
 
-def _mean(view: RoundView) -> float | None:
-    score = figure(view, "score")
-    return None if score is None else float(score["mean"])
+def _mean(value: Mapping[str, Any], like: Mapping[str, Any]) -> str:
+    """A mean with the decimals that another one is worth."""
+    return number(value["mean"], precision(like))
 
 
 def _rounds(count: int) -> str:

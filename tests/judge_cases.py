@@ -14,6 +14,16 @@ from online_dpo.judging import Calls
 from online_dpo.records import Message, Prompt, Response, Score, Verdict
 
 
+def pair(
+    number: int = 0, first: str = "good", second: str = "poor", **metadata: Any
+) -> tuple[Prompt, Response, Response]:
+    """Two responses to one prompt, with ids and texts of their own for each number."""
+    prompt = Prompt(f"p{number}", "test", text="Say hello.", metadata=metadata)
+    one = Response(f"{number}-a", prompt.id, f"{first} {number}", (1,), "eos")
+    other = Response(f"{number}-b", prompt.id, f"{second} {number}", (2,), "eos")
+    return prompt, one, other
+
+
 def length(prompt: Prompt, response: Response) -> float:
     print("a judge may print")  # its stdout is its log
     return float(len(response.text))

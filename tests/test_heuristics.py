@@ -221,7 +221,9 @@ def test_grammar_membership(text: str, expected: bool) -> None:
 def test_fresh_reviews_are_well_formed() -> None:
     rng = random.Random(0)
     assert all(
-        data.is_well_formed(data.write_review(kind, rng)) for kind in data.SUBJECTS for _ in "x" * 300
+        data.is_well_formed(data.write_review(kind, rng))
+        for kind in data.SUBJECTS
+        for _ in "x" * 300
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_cases import pair
 from judge_server import (
     BAD_GATEWAY,
     BAD_KEY,
@@ -35,6 +36,7 @@ from judge_server import (
     Reset,
     Say,
 )
+from vllm_processes import VllmServer
 
 from judges.llm import LLMPairwise, last_verdict, read_verdict, unused_fence
 from online_dpo.chat import ChatReply
@@ -52,14 +54,6 @@ COST = (TOKENS_IN * 1.0 + TOKENS_OUT * 2.0) / 1e6
 """Dollars of one proper reply at that price."""
 
 MakeLabeller = Callable[..., Labeller]
-Pair = tuple[Prompt, Response, Response]
-
-
-def pair(number: int = 0, first: str = "good", second: str = "poor", **metadata: Any) -> Pair:
-    prompt = Prompt(f"p{number}", "test", text="Say hello.", metadata=metadata)
-    one = Response(f"{number}-a", prompt.id, f"{first} {number}", (1,), "eos")
-    other = Response(f"{number}-b", prompt.id, f"{second} {number}", (2,), "eos")
-    return prompt, one, other
 
 
 def good_wins(request: Request, number: int) -> Answer:
@@ -473,7 +467,7 @@ CAMPAIGN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from test_llm_judge import pair
+from judge_cases import pair
 from online_dpo.config import JudgeConfig
 from online_dpo.judging import Labeller
 labeller = Labeller(
@@ -519,26 +513,33 @@ def test_kill_9_buys_no_settled_answer_twice(tmp_path: Path) -> None:
 
 
 def test_a_real_server_gives_verdicts_by_schema_and_by_choice(
-    vllm_server: Any, make: MakeLabeller, tmp_path: Path
+    vllm_server: VllmServer, make: MakeLabeller, tmp_path: Path
 ) -> None:
-    """A random model fills free JSON with white space: what is no verdict is invalid, not a tie."""
-    base = {
+    template = tmp_path / "short.jinja"
+    template.write_text("{% block user %}A: {{ first }} B: {{ second }}{% endblock %}")
+    options = {
         "model": vllm_server.model,
         "base_url": vllm_server.base_url,
         "price_per_million": [0, 0],
+        "template": str(template),
+        "max_tokens": 32,
     }
     choice = {"structured_outputs": {"choice": ["[[A]]", "[[B]]", "[[C]]"]}}
-    template = tmp_path / "short.jinja"
-    template.write_text("{% block user %}A: {{ first }} B: {{ second }}{% endblock %}")
-    options = {**base, "template": str(template), "structured": False, "extra_body": choice}
-    labeller = make(serve(A), options={**options, "max_tokens": 16}, timeout_s=120)
-    found = labeller.compare_pairs([pair(i) for i in range(4)], purpose="label")
-    assert all(c.p in (0.0, 0.25, 0.5, 0.75, 1.0) for c in found)
-    assert {len(c.raws) for c in found} == {2}
-    by_schema = {**base, "template": str(template), "max_tokens": 32}
-    labeller = make(serve(A), options=by_schema, timeout_s=120)
-    for comparison in labeller.compare_pairs([pair(i) for i in range(4)], purpose="label"):
-        assert comparison.p is not None or comparison.reason == "reply cut off at max_tokens"
-        assert all(raw.lstrip().startswith("{") for raw in comparison.raws)
-    counted = rows(tmp_path, "state, tokens_in > 0, tokens_out > 0, answered_by")
-    assert counted == [("settled", 1, 1, vllm_server.model)] * 16
+    in_words = {**options, "structured": False, "extra_body": choice}
+    pairs = [pair(i) for i in range(4)]
+    with serve(A) as unused:
+        for chosen, first_sign in ((options, "{"), (in_words, "[")):
+            labeller = make(unused, options=chosen, timeout_s=120)
+            for comparison in labeller.compare_pairs(pairs, purpose="label"):
+                assert comparison.p in (0.0, 0.25, 0.5, 0.75, 1.0)
+                assert [raw[0] for raw in comparison.raws] == [first_sign] * 2
+        too_long = {**options, "template": "pairwise.jinja"}
+        labeller = make(unused, options=too_long, timeout_s=120)
+        (cut,) = labeller.compare_pairs([pair(9, "good " * 400)], purpose="label")
+        assert (cut.p, cut.reason) == (None, "too long for the judge")
+        with pytest.raises(JudgeError, match="HTTP 404"):
+            wrong = make(unused, options={**options, "model": "another"})
+            wrong.compare_pairs([pair()], purpose="label")
+        assert unused.requests == []
+    counted = rows(tmp_path, "tokens_in > 0, tokens_out > 0, answered_by")
+    assert counted.count((1, 1, vllm_server.model)) == 16

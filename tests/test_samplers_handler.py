@@ -142,6 +142,7 @@ def test_sleeping_and_waking_change_nothing(handler: SamplerHandler) -> None:
         ("transformers", {"update": "reload"}, "sampling.update is for the vllm"),
         ("vllm", {"reload_command": "true"}, "sampling.reload_command is for the openai_server"),
         ("vllm", {"engine": {"logprobs_mode": "processed_logits"}}, "logprobs_mode cannot be set"),
+        ("vllm", {"temperature": 2.5}, "temperature is 2.5, and vLLM allows 2 at most"),
         (
             "openai_server",
             {"sampler": "openai_server", "endpoints": [{"url": "http://localhost:1/v1"}]},

@@ -180,13 +180,14 @@ def test_a_long_answer_is_cut_with_what_is_missing_counted(
 def test_models_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE)
+    names = {"name": HOSTILE, "rounds": 1, "run_dir": str(tmp_path / "demo")}
+    run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE, config={"campaign": names})
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
     print_summary(Campaign(run))
     print_pair(Campaign(run), pair["pair_id"])
     shown = capsys.readouterr().out
     escaped = r"\x1b[2J\x1b]0;owned\x07[bold red]loud[/bold red]\x0d\u202eback\u2028end \x9b31m"
-    assert shown.count(escaped) == 3
+    assert shown.count(escaped) == 4
     assert {c for c in shown if unicodedata.category(c).startswith("C")} == {"\n"}
 
 
@@ -255,7 +256,9 @@ def test_spread(length: int, count: int, indices: list[int]) -> None:
 
 def test_figures_by_hand() -> None:
     assert rate({"value": 0.9725, "low": 0.934, "high": 0.989}) == "97% (93-99)"
-    assert estimate({"mean": -1.996, "stderr": 0.049}) == "-2.00 ± 0.05"
+    assert estimate({"mean": -1.996, "stderr": 0.051}) == "-2.00 ± 0.05"
+    assert estimate({"mean": 0.0412, "stderr": 0.0123}) == "0.041 ± 0.012"
+    assert estimate({"mean": 312.3, "stderr": 21.04}) == "312.3 ± 21.0"
     assert drift({"mean": 0.0123, "stderr": 0.004}) == "0.012 ± 0.004"
     assert drift({"mean": 31.27, "stderr": 1.02}) == "31.3 ± 1.0"
     assert number(-0.001) == "0.00" and number(None) == "-"

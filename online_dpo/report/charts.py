@@ -23,7 +23,7 @@ def round_charts(rounds: Sequence[RoundView]) -> list[Chart]:
             "mean score",
             [Series("reward", _estimates(measured, "score"))],
             note="Mean score on held-out prompts; band: 95% interval.",
-            write=number,
+            write=lambda value: f"{value:.3g}",
         ),
         Chart(
             "Win rate",

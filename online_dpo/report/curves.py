@@ -156,7 +156,7 @@ def _axes(chart: Chart, scale: _Scale) -> Markup:
     if chart.baseline is not None:
         value, name = chart.baseline
         parts.append(_rule(_LEFT, scale.y(value), right, scale.y(value), "baseline"))
-        parts.append(_text(right, scale.y(value) - 5, name, "end", "faint"))
+        parts.append(_text(_LEFT + 4, scale.y(value) + 12, name, "start", "faint"))
     parts.append(_text((_LEFT + right) / 2, _HEIGHT - 6, chart.x_label, "middle", "label"))
     turned = Markup('<text class="label" text-anchor="middle" transform="{}">{}</text>')
     middle = (_TOP + bottom) / 2

@@ -20,6 +20,7 @@ from online_dpo.wording import (
     figure,
     number,
     percent,
+    precision,
     rate,
     seconds,
 )
@@ -91,8 +92,10 @@ def tiles(rounds: Sequence[RoundView]) -> list[Tile]:
         found.append(Tile("Wins against policy 0", percent(won["value"]), interval))
     if score is not None:
         before = figure(first, "score")
-        note = "policy 0" if last is first or before is None else f"from {number(before['mean'])}"
-        found.append(Tile("Reward", number(score["mean"]), note))
+        digits = precision(score)
+        known = last is not first and before is not None
+        note = f"from {number(before['mean'], digits)}" if known else "policy 0"
+        found.append(Tile("Reward", number(score["mean"], digits), note))
     if moved is not None:
         value = drift(moved).split(" ")[0]
         found.append(Tile("KL to policy 0", value, "nats per sequence"))

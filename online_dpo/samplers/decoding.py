@@ -94,8 +94,7 @@ class Ending(StoppingCriteria):
         if self._stop:
             done |= self._find_stops(input_ids[:, -self._step :], done)
         done |= self._limits <= self._step
-        running = self._lengths == 0
-        self._lengths[running & done] = self._step
+        self._lengths = torch.where(done & (self._lengths == 0), self._step, self._lengths)
         return self._lengths > 0
 
     def _find_stops(self, responses: Tensor, at_eos: Tensor) -> Tensor:

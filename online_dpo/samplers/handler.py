@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 
+_VLLM_TEMPERATURE = 2.0
 _PROGRESS_S = 0.5
 """Least time between two progress events."""
 
@@ -260,7 +261,7 @@ def make_engine(
 
 
 def _refuse_unused(kind: str, sampling: SamplingConfig) -> None:
-    """Raise ConfigError for options that only another sampler reads."""
+    """Raise ConfigError for options that only another sampler reads, or that this one refuses."""
     given = {
         "engine": ("vllm", bool(sampling.engine)),
         "update": ("vllm", sampling.update != "auto"),
@@ -273,6 +274,11 @@ def _refuse_unused(kind: str, sampling: SamplingConfig) -> None:
                 f"sampling.{name} is for the {owner} sampler, and this machine and config use the "
                 f"{kind} sampler. Remove it, or set sampling.sampler: {owner}."
             )
+    if kind != "transformers" and sampling.temperature > _VLLM_TEMPERATURE:
+        raise ConfigError(
+            f"sampling.temperature is {sampling.temperature:g}, and vLLM allows "
+            f"{_VLLM_TEMPERATURE:g} at most."
+        )
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from online_dpo.samplers.canary import TOLERANCES, TokenPair, deviation, make_sequences
 from online_dpo.samplers.responses import TokenPairs
@@ -48,6 +49,7 @@ def prove_reload(
 
 
 def _perturbed_model(folder: Path, *, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,15 @@ def build_response(
     stop: Sequence[str],
     strip_thinking: bool,
 ) -> Response:
-    """The k-th response to a prompt, with the text that the judge sees."""
+    """The k-th response to a prompt, with the text that the judge sees.
+
+    Raises EngineError where the model gave no numbers.
+    """
+    if not all(math.isfinite(logprob) for logprob in output.logprobs):
+        raise EngineError(
+            "The model gives log-probabilities that are not finite: its weights hold NaN or "
+            "infinity, or its precision is too low."
+        )
     return Response(
         id=f"{prompt.id}:{k:02d}",
         prompt_id=prompt.id,

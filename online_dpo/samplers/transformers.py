@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,19 +282,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def _outputs(token_ids: Tensor, logprobs: Tensor, ending: Ending) -> list[Output]:
-    """Cut each row of (B, T) where it ended. Raises EngineError where the model gave no numbers."""
-    outputs = []
-    for i, (ids, scores, length) in enumerate(
-        zip(token_ids.tolist(), logprobs.tolist(), ending.lengths(), strict=True)
-    ):
-        row_ids, row_scores = ids[:length], scores[:length]
-        if not all(math.isfinite(score) for score in row_scores):
-            raise EngineError(
-                "The model gives log-probabilities that are not finite: its weights hold NaN or "
-                "infinity, or its precision is too low."
-            )
-        outputs.append(Output(tuple(row_ids), tuple(row_scores), ending.reason(i, row_ids[-1])))
-    return outputs
+    """Cut each row of (B, T) where it ended."""
+    rows = zip(token_ids.tolist(), logprobs.tolist(), ending.lengths(), strict=True)
+    return [
+        Output(tuple(ids[:length]), tuple(scores[:length]), ending.reason(row, ids[length - 1]))
+        for row, (ids, scores, length) in enumerate(rows)
+    ]
 
 
 def _out_of_memory(error: BaseException) -> bool:

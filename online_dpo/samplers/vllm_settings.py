@@ -15,7 +15,7 @@ OWN_ARGUMENTS = {
     "trust_remote_code": "model.trust_remote_code",
     "generation_config": "the fields of sampling",
     "logprobs_mode": "the contract (raw log-probs)",
-    "data_parallel_size": "one engine; for more, start servers and use sampler: openai_server",
+    "data_parallel_size": "the orchestrator, which starts a worker for each replica",
 }
 """Engine arguments that `sampling.engine` cannot set, and what decides them."""
 

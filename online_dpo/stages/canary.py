@@ -6,20 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from online_dpo.records import ModelRef, derive_seed
+from online_dpo.files import read_json
+from online_dpo.records import ModelRef
+from online_dpo.samplers.canary import make_sequences
 from online_dpo.stages.context import Context
 from online_dpo.store import RunDir
 
-_SHORT, _LONG = 8, 48
+_NUM_PROMPTS = 16
 
 
 def write_canary(context: Context, policy: ModelRef) -> None:
     """Commit what the trainer's weights give for the campaign's canary sequences."""
     if context.round.has("canary"):
         return
-    sequences = _sequences(context)
-    inputs = {"policy": policy.sha256}
-    with context.round.commit("canary", inputs=inputs) as draft:
+    sequences = _sequences(context, policy)
+    with context.round.commit("canary", inputs={"policy": policy.sha256}) as draft:
         result = context.crew.trainer().call(
             "score", model=context.model_params(policy), sequences=sequences
         )
@@ -40,17 +41,13 @@ def canary_file(run: RunDir, policy: ModelRef) -> Path | None:
     return origin.artifact("canary") / "canary.json"
 
 
-def _sequences(context: Context) -> list[dict[str, Any]]:
-    """Two short sequences and one that fills several cache blocks, from the campaign's prompts.
-
-    The responses are prompt tokens in a seeded order: any tokens serve, and these always exist.
-    """
-    table = context.load_prompts()
-    prompts = [list(p.token_ids) for p in list(table.by_id.values())[:16]]
-    pool = [token for ids in prompts for token in ids]
-    sequences = []
-    for index, length in enumerate((_SHORT, _SHORT, _LONG)):
-        start = derive_seed(context.config.campaign.seed, "canary", index) % len(pool)
-        looped = [pool[(start + step) % len(pool)] for step in range(2 * length)]
-        sequences.append({"prompt": looped[:length], "response": looped[length:]})
-    return sequences
+def _sequences(context: Context, policy: ModelRef) -> list[dict[str, Any]]:
+    """The same tokens in every round, within what the model and the engine can take."""
+    model = read_json(context.folder(policy) / "config.json").get("max_position_embeddings")
+    engine = context.config.sampling.engine.get("max_model_len")
+    limits = [int(limit) for limit in (model, engine) if limit is not None]
+    prompts = list(context.load_prompts().by_id.values())[:_NUM_PROMPTS]
+    pairs = make_sequences(
+        [prompt.token_ids for prompt in prompts], max_length=min(limits, default=None)
+    )
+    return [{"prompt": list(prompt), "response": list(response)} for prompt, response in pairs]

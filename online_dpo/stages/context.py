@@ -88,14 +88,17 @@ def read_prompts(run: RunDir) -> PromptTable:
     """The table of round 0."""
     origin = run.round(0)
     rows = read_table(origin.artifact("prompts") / "prompts.parquet")
+    if origin.has("offline"):
+        rows += read_table(origin.artifact("offline") / "prompts.parquet")
     table = PromptTable({}, {}, {}, {}, str(origin.manifest("prompts")["sha256"]))
     for row in rows:
         prompt = prompt_from_row(row)
         table.by_id[prompt.id] = prompt
-        side = table.train if row["role"] == "train" else table.eval
-        side.setdefault(prompt.source, []).append(prompt.id)
         if row["role"] == "train":
+            table.train.setdefault(prompt.source, []).append(prompt.id)
             table.weights[prompt.source] = row["weight"]
+        elif row["role"] == "eval":
+            table.eval.setdefault(prompt.source, []).append(prompt.id)
     return table
 
 

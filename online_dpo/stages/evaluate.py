@@ -156,7 +156,7 @@ def _metrics(
     score = estimate(scores)
     return {
         "prompts": len(rows),
-        "invalid": sum(row["reason"] is not None for row in rows),
+        "invalid": sum(_unjudged(context, row) for row in rows),
         "score": None if score is None else asdict(score),
         "win_rate_policy0": _rate(rows, "p_policy0"),
         "win_rate_previous": _rate(rows, "p_previous"),
@@ -166,6 +166,14 @@ def _metrics(
         **_drift(context, policy, answers),
         "by_source": _by_source(rows),
     }
+
+
+def _unjudged(context: Context, row: Row) -> bool:
+    """Whether the judge gave nothing on an answer that it was asked about."""
+    verdicts = (row["score"], row["p_policy0"], row["p_previous"])
+    compares = context.make_labeller(True).kind == "compare"
+    asked = context.plan is not None or not compares
+    return asked and all(verdict is None for verdict in verdicts)
 
 
 def _rate(rows: Sequence[Row], field: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.ledger import LEDGER, digest_of
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, responses_by_prompt, write_table
@@ -83,13 +84,18 @@ def label_shard(context: Context, shard: str) -> int:
         (draft.path / "metrics.json").write_text(json.dumps(_counts(table), indent=2) + "\n")
         draft.rows = len(table)
         draft.facts = {"judge": labeller.identity, "kind": labeller.kind}
+        ledger = context.run.path / LEDGER
+        if ledger.is_file():
+            rows_paid, digest = digest_of(ledger)
+            draft.facts["ledger"] = {"rows": rows_paid, "sha256": digest}
     return len(items)
 
 
 def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
     """One row a score or a comparison; an invalid one has its reason and no value."""
     prompt, responses = item
-    empty: Row = {"prompt_id": prompt.id, "second_id": None, "score": None, "p": None, "orders": 0}
+    empty: Row = {"prompt_id": prompt.id, "second_id": None, "score": None, "p": None}
+    empty |= {"orders": 0, "raws": []}
     if labels.scores is not None:
         return [
             {**empty, "first_id": response.id, "score": score.value, "reason": score.reason}
@@ -104,6 +110,7 @@ def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
             "p": c.p,
             "reason": c.reason,
             "orders": c.orders,
+            "raws": list(c.raws),
         }
         for c in labels.comparisons
     ]

@@ -217,7 +217,7 @@ def _commit_sft(context: Context) -> None:
     inputs = {"model": model.sha256}
     checkpoint = latest_checkpoint(context)
     draft = context.round.begin("policy")
-    with context.progress.stage("sft", total=0, unit="steps") as bar, context.working("train"):
+    with context.progress.stage("sft", total=0, unit="steps") as bar:
         result = context.crew.trainer().call(
             "sft",
             on_event=checkpoint_listener(context, bar, inputs),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.answers import buy_answers
+from online_dpo.ledger import LEDGER
 from online_dpo.records import ModelRef, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
@@ -20,11 +21,14 @@ def sample(context: Context) -> Iterator[str]:
     shards = _shards(context)
     total = len(context.inputs.prompt_ids)
     done = 0
+    n = context.config.sampling.n
     with context.progress.stage("sample", total=total, unit="prompts") as bar:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
                 with context.working("sample"):
-                    _sample_shard(context, name, prompt_ids, _listener(bar, done))
+                    _sample_shard(
+                        context, name, prompt_ids, _listener(bar, done, context.config.sampling.n)
+                    )
             done += len(prompt_ids)
             bar.set(done)
             yield name
@@ -114,7 +118,7 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
             also,
             max_tokens=context.config.sampling.max_new_tokens,
             temperature=context.config.sampling.temperature,
-            ledger_path=context.run.path / "judgments.sqlite",
+            ledger_path=context.run.path / LEDGER,
             seed=context.config.campaign.seed,
             round_number=context.round.number,
             on_event=lambda event: context.run.event("second model", **event),
@@ -129,7 +133,7 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
     encoded = context.crew.sampler().call(
         "encode",
         model=context.model_params(context.inputs.policy),
-        answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts]
+        answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts],
     )
     return [
         Response(name, prompt_id, text, tuple(ids), "eos" if done else "length", source)
@@ -144,11 +148,11 @@ def _add(table: Path, others: Sequence[Response], prompt_ids: Sequence[str]) -> 
     write_table(table, "samples", sorted(rows, key=lambda row: place[row["prompt_id"]]))
 
 
-def _listener(bar: Any, base: int) -> Callable[[dict[str, Any]], None]:
-    """Moves the stage's bar by what a worker reports."""
+def _listener(bar: Any, base: int, num_responses: int) -> Callable[[dict[str, Any]], None]:
+    """Moves the stage's bar, which counts prompts, by the responses a worker reports."""
 
     def listen(event: dict[str, Any]) -> None:
         if event.get("event") == "progress":
-            bar.set(base + int(event["done"]))
+            bar.set(base + int(event["done"]) // num_responses)
 
     return listen

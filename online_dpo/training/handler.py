@@ -15,7 +15,7 @@ from online_dpo import models
 from online_dpo.errors import ConfigError
 from online_dpo.offline_pairs import read_offline_pairs
 from online_dpo.records import to_dict
-from online_dpo.tables import write_table
+from online_dpo.tables import prompt_row, write_table
 from online_dpo.tokenization import prepare_prompts
 from online_dpo.training import dpo
 from online_dpo.training.cache import ModelCache
@@ -131,10 +131,12 @@ class Trainer:
         """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`."""
         if not self._first:
             return {}
-        preferences, problems = read_offline_pairs(
+        preferences, prompts, problems = read_offline_pairs(
             self._tokenizer(Path(model)), source, append_eos=append_eos, max_tokens=max_tokens
         )
         write_table(Path(out) / "pairs.parquet", "pairs", [to_dict(p) for p in preferences])
+        rows = [prompt_row(prompt, role="offline", weight=1.0) for prompt in prompts]
+        write_table(Path(out) / "prompts.parquet", "prompts", rows)
         write_jsonl(Path(out) / "problems.jsonl", problems)
         return {"rows": len(preferences), "problems": len(problems)}
 
