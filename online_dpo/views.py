@@ -11,6 +11,7 @@ from online_dpo.campaign import current_config, is_finished
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
 from online_dpo.locks import holder
+from online_dpo.records import Prompt
 from online_dpo.stages.origin import model_folder
 from online_dpo.store import RoundDir, RunDir, read_lines
 from online_dpo.tables import read_table
@@ -134,15 +135,15 @@ def preference_rows(run: RunDir, number: int | None = None) -> list[dict[str, An
         if not directory.has("pairs"):
             continue
         for row in read_table(directory.artifact("pairs") / "pairs.parquet"):
-            prompt = prompts.get(row["prompt_id"])
+            prompt = prompts[row["prompt_id"]]
             rows.append({**_conversation(prompt, row), **_provenance(directory.number, row)})
     return rows
 
 
-def _conversation(prompt: Any, row: dict[str, Any]) -> dict[str, Any]:
-    if prompt is None or prompt.text is not None:
-        text = "" if prompt is None else prompt.text
-        return {"prompt": text, "chosen": row["chosen_text"], "rejected": row["rejected_text"]}
+def _conversation(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
+    if prompt.text is not None:
+        sides = {"chosen": row["chosen_text"], "rejected": row["rejected_text"]}
+        return {"prompt": prompt.text, **sides}
     return {
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
         "chosen": [{"role": "assistant", "content": row["chosen_text"]}],

@@ -95,11 +95,13 @@ def test_atomic_text_replaces_whole(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named(round_dir: RoundDir) -> None:
-    with pytest.raises(DiskError, match="No space left on device"):
-        with round_dir.commit("pairs", inputs={}) as draft:
-            os.symlink("/dev/full", draft.path / "full")
-            with (draft.path / "full").open("w") as file:
-                file.write("x")
+    with (
+        pytest.raises(DiskError, match="No space left on device"),
+        round_dir.commit("pairs", inputs={}) as draft,
+    ):
+        os.symlink("/dev/full", draft.path / "full")
+        with (draft.path / "full").open("w") as file:
+            file.write("x")
     assert not round_dir.has("pairs")
 
 

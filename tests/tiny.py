@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def tiny_config(run_dir: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A config over prompts and demonstrations that are written beside the run directory."""
     folder = run_dir.parent
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "prompts.jsonl", ['{"prompt": "%s"}' % p for p in _prompts(24)])
+    _write(folder / "prompts.jsonl", [json.dumps({"prompt": p}) for p in _prompts(24)])
     _write(folder / "demonstrations.jsonl", _demonstrations())
     config: dict[str, Any] = {
         "model": {

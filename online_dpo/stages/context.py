@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from online_dpo.config import Config
 from online_dpo.crew import Crew
@@ -100,8 +100,3 @@ def read_prompts(run: RunDir) -> PromptTable:
         elif row["role"] == "eval":
             table.eval.setdefault(prompt.source, []).append(prompt.id)
     return table
-
-
-def plan_facts(context: Context) -> Mapping[str, Any]:
-    """What every artifact's manifest says of how it was made."""
-    return {"made_with": context.crew.facts}

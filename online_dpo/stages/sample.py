@@ -21,7 +21,6 @@ def sample(context: Context) -> Iterator[str]:
     shards = _shards(context)
     total = len(context.inputs.prompt_ids)
     done = 0
-    n = context.config.sampling.n
     with context.progress.stage("sample", total=total, unit="prompts") as bar:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
