@@ -307,6 +307,8 @@ class TrainConfig(Section):
     """Training processes, started by `accelerate launch` where more than one."""
     devices: list[int] | None = None
     """GPUs of the trainer; None takes what compute.layout gives."""
+    listen: str | None = None
+    """HOST:PORT where trainer processes on other machines reach this one."""
     launch: dict[str, Any] = {}
     """Further options of `accelerate launch`, e.g. num_machines, main_process_ip."""
 
@@ -409,6 +411,11 @@ class Config(Section):
             raise ValueError("prompts.eval and prompts.holdout exclude each other")
         if not self.prompts.eval and not self.prompts.holdout:
             raise ValueError("name held-out prompts: prompts.eval, or prompts.holdout: N")
+        if (self.train.listen is not None) != (int(self.train.launch.get("num_machines", 1)) > 1):
+            raise ValueError(
+                "train.listen and train.launch.num_machines above 1 go together: processes on "
+                "other machines connect to it"
+            )
         if self.sampling.n + (self.sampling.also.n if self.sampling.also else 0) < 2 and not any(
             source.answer_field for source in self.prompts.train
         ):

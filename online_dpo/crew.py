@@ -109,6 +109,7 @@ class Crew:
             launcher=trainer_launcher(config),
             num_processes=config.train.num_processes,
             env=self._environment(self._devices(config.train.devices, "train.devices")),
+            listen=config.train.listen,
         )
 
     def _make_sampler(self) -> Worker:

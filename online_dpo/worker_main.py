@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,14 @@ from typing import Any
 from online_dpo.errors import CampaignError
 from online_dpo.files import as_disk_error
 from online_dpo.locks import hold_as_worker
-from online_dpo.workers import RUN_ENV, SOCKET_ENV, TOKEN_ENV
+from online_dpo.workers import REMOTE_TIMEOUT_S, RUN_ENV, SOCKET_ENV, TCP, TOKEN_ENV
 
 
 def main() -> None:
     """Serve until the socket closes; the process group then dies with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock = hold_as_worker(Path(os.environ[RUN_ENV]))
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(os.environ[SOCKET_ENV])
+    connection = _connect(os.environ[SOCKET_ENV])
     rank = int(os.environ.get("RANK", "0"))
     send = _Sender(connection)
     send({"rank": rank, "token": os.environ.pop(TOKEN_ENV)})
@@ -34,6 +34,29 @@ def main() -> None:
     threading.Thread(target=_read, args=(connection, messages), daemon=True).start()
     with lock:
         _serve(messages, send)
+
+
+def _connect(address: str) -> socket.socket:
+    if address.startswith(TCP):
+        host, _, port = address.removeprefix(TCP).rpartition(":")
+        connection = _patiently(host, int(port))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return connection
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    return connection
+
+
+def _patiently(host: str, port: int) -> socket.socket:
+    """Connect to the first machine, which may not listen yet."""
+    deadline = time.monotonic() + REMOTE_TIMEOUT_S
+    while True:
+        try:
+            return socket.create_connection((host, port))
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _serve(messages: queue.Queue[dict[str, Any]], send: _Sender) -> None:

@@ -23,10 +23,14 @@ from online_dpo.errors import BY_NAME, CampaignError, EngineError
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 
+TCP = "tcp:"
+"""What an address of another machine begins with; others are files."""
+
 SOCKET_ENV = "ONLINE_DPO_SOCKET"
 TOKEN_ENV = "ONLINE_DPO_TOKEN"
 RUN_ENV = "ONLINE_DPO_RUN"
 START_TIMEOUT_S = 180.0
+REMOTE_TIMEOUT_S = 1800.0
 
 
 class Worker(Protocol):
@@ -63,7 +67,8 @@ class ChildWorker:
 
     `handler` is `module:class`; `launcher` stands before `-m online_dpo.worker_main`, e.g. python
     itself or `accelerate launch`. Every process connects to the socket and exits when it closes.
-    The process starts with the first call.
+    The process starts with the first call. `listen` is HOST:PORT for processes on other machines,
+    which somebody starts there; without it the socket is a file that only this machine reaches.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class ChildWorker:
         launcher: Sequence[str] = (sys.executable,),
         num_processes: int = 1,
         env: Mapping[str, str] | None = None,
+        listen: str | None = None,
     ) -> None:
         self.role = role
         self.log = log
@@ -86,6 +92,7 @@ class ChildWorker:
         self._launcher = list(launcher)
         self._num_processes = num_processes
         self._env = dict(env or {})
+        self._listen = listen
         self._process: subprocess.Popen[bytes] | None = None
         self._ranks: list[_Line] = []
         self._folder: Path | None = None
@@ -120,11 +127,9 @@ class ChildWorker:
             self._folder = None
 
     def _start(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="online-dpo-"))
-        address = str(self._folder / "socket")
-        token = secrets.token_hex(16)
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(address)
+        token = os.environ.get(TOKEN_ENV) or secrets.token_hex(16)
+        server, address = self._open_socket()
+        with server:
             server.listen()
             server.settimeout(0.2)
             self._process = self._spawn(address, token)
@@ -136,6 +141,17 @@ class ChildWorker:
         hello = {"handler": self._handler, "settings": self._settings}
         for rank in self._ranks:
             rank.send(hello)
+
+    def _open_socket(self) -> tuple[socket.socket, str]:
+        """A bound socket, and the address by which workers are told of it."""
+        if self._listen is not None:
+            host, _, port = self._listen.rpartition(":")
+            return socket.create_server((host, int(port))), f"{TCP}{self._listen}"
+        self._folder = Path(tempfile.mkdtemp(prefix="online-dpo-"))
+        address = str(self._folder / "socket")
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(address)
+        return server, address
 
     def _spawn(self, address: str, token: str) -> subprocess.Popen[bytes]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +169,8 @@ class ChildWorker:
 
     def _accept(self, server: socket.socket, token: str) -> list[_Line]:
         ranks: dict[int, _Line] = {}
-        deadline = time.monotonic() + START_TIMEOUT_S
+        wait_s = START_TIMEOUT_S if self._listen is None else REMOTE_TIMEOUT_S
+        deadline = time.monotonic() + wait_s
         while len(ranks) < self._num_processes:
             assert self._process is not None
             if self._process.poll() is not None or time.monotonic() > deadline:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +81,49 @@ def test_two_training_processes_run_a_campaign(tmp_path: Path) -> None:
         assert (policies[1][name] - tensor).abs().max() < 1e-4, name
     assert any((policies[0][name] - start[name]).abs().max() > 1e-4 for name in start)
     assert digests(double.path)
+
+
+def run_with_token(config: dict[str, Any], token: str) -> None:
+    os.environ["ONLINE_DPO_TOKEN"] = token
+    run_it(config)
+
+
+@pytest.mark.timeout(300)
+def test_a_second_machine_joins_the_training(tmp_path: Path) -> None:
+    """Two launchers on this machine, the second started by hand as on another one."""
+    ports = [_free_port(), _free_port()]
+    run = tmp_path / "run"
+    launch = {
+        "num_machines": 2,
+        "machine_rank": 0,
+        "main_process_ip": "127.0.0.1",
+        "main_process_port": ports[0],
+    }
+    settings = tiny_config(
+        run,
+        campaign={"rounds": 1},
+        train={"num_processes": 2, "listen": f"127.0.0.1:{ports[1]}", "launch": launch},
+    )
+    environment = {
+        **os.environ,
+        "ONLINE_DPO_SOCKET": f"tcp:127.0.0.1:{ports[1]}",
+        "ONLINE_DPO_TOKEN": "a shared secret",
+        "ONLINE_DPO_RUN": str(tmp_path),
+    }
+    options = {**launch, "machine_rank": 1, "num_processes": 2, "mixed_precision": "no"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    command += ["--dynamo_backend", "no", "-m", "online_dpo.worker_main"]
+    other = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        assert in_child(run_with_token, settings, "a shared secret", timeout_s=280) == 0
+        assert other.wait(timeout=60) != 0
+    finally:
+        if other.poll() is None:
+            os.killpg(other.pid, signal.SIGKILL)
+    assert RunDir(run).round(1).has("policy")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
