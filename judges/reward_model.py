@@ -39,11 +39,19 @@ class RewardModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, revision=revision)
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-                model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                model,
+                revision=revision,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ConfigError(f"The reward model {model!r} cannot be loaded: {error}") from error
+        self._model, info = loaded
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"]))
+            raise ConfigError(f"{model!r} is no reward model: it has no weights for {missing}.")
         if self._model.config.num_labels != 1:
             raise ConfigError(
                 f"{model!r} has {self._model.config.num_labels} labels; a reward model has one."

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from judge_server import JudgeServer, Request, Say
 from tiny import in_child, tiny_config
 
-from online_dpo.store import RunDir
+from online_dpo.store import RoundDir, RunDir
 from online_dpo.tables import read_table
 
 
@@ -58,3 +61,37 @@ def test_given_answers_join_the_candidates(tmp_path: Path) -> None:
     assert all(row["logprobs"] is None for row in rows if row["source"] == "given")
     pairs = read_table(tmp_path / "run/rounds/001/pairs/pairs.parquet")
     assert {row["chosen_text"] for row in pairs} == {" red red red red round."}
+
+
+def test_a_second_model_joins_and_is_paid_once(tmp_path: Path) -> None:
+    def answer(request: Request, number: int) -> Say:
+        return Say(" red red round.", finish_reason="length" if number == 0 else "stop")
+
+    with JudgeServer(answer) as server:
+        also = {"url": server.url, "model": "strong", "api_key_env": "SECOND_KEY"}
+        config = tiny_config(tmp_path / "run", sampling={"also": also}, campaign={"rounds": 1})
+        assert in_child(run_with_key, config, "none") == 0
+        assert len(server.requests) == 8
+        again = tiny_config(tmp_path / "b" / "run", sampling={"also": also})
+        again["campaign"]["rounds"] = 1
+        assert in_child(run_with_key, again, "001/samples/part-00000") == -signal.SIGKILL
+        assert in_child(run_with_key, again, "none") == 0
+        assert len(server.requests) == 16
+    rows = read_table(tmp_path / "b/run/rounds/001/samples/part-00000/samples.parquet")
+    others = [row for row in rows if row["source"] == "strong"]
+    assert len(others) == 4 and all(row["logprobs"] is None for row in others)
+    assert {row["finish_reason"] for row in others} <= {"eos", "length"}
+
+
+def run_with_key(config: dict[str, Any], artifact: str) -> None:
+    """Run, and end by SIGKILL before the named artifact is committed."""
+    os.environ["SECOND_KEY"] = "secret"
+    finish = RoundDir.finish
+
+    def finish_or_die(self: RoundDir, name: str, *args: Any, **kwargs: Any) -> Any:
+        if f"{self.number:03d}/{name}" == artifact:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return finish(self, name, *args, **kwargs)
+
+    RoundDir.finish = finish_or_die  # type: ignore[method-assign]
+    run_it(config)
