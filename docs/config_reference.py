@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from online_dpo.campaign import OPERATIONAL
 from online_dpo.config import Config
+from online_dpo.drift import OPERATIONAL
 
 Schema = Mapping[str, Any]
 

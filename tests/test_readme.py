@@ -24,10 +24,10 @@ from pydantic import TypeAdapter
 from tiny import in_child
 
 from online_dpo import Prompt, Response
-from online_dpo.campaign import OPERATIONAL
 from online_dpo.cli import app
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.config_file import load_config
+from online_dpo.drift import OPERATIONAL
 from online_dpo.errors import BY_NAME
 from online_dpo.judging import Labeller
 from online_dpo.plugins import available

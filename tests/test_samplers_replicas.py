@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ PROMPTS = [{"id": f"p{9 - i}", "token_ids": list(range(5, 9 + i))} for i in rang
 SEEDS = {row["id"]: [3 * i, 3 * i + 1] for i, row in enumerate(PROMPTS)}
 
 
+class OneAtATime(InlineWorker):
+    """Replicas have processes of their own; two loads in one process break transformers' tying."""
+
+    _lock = threading.Lock()
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        with self._lock:
+            return super().call(method, **params)
+
+
 def one() -> InlineWorker:
     settings: dict[str, Any] = {
         "sampler": "transformers",
@@ -28,7 +39,7 @@ def one() -> InlineWorker:
         "model": {"path": "tiny"},
         "sampling": {},
     }
-    return InlineWorker(lambda: SamplerHandler(settings))
+    return OneAtATime(lambda: SamplerHandler(settings))
 
 
 def test_replicas_answer_as_one_sampler_does(tiny_llama: Path, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ _SLOWEST_FIRST = ("restarted", "fresh", "reloaded", "cached")
 class ReplicatedSampler:
     """A `Worker` that deals prompts and sequences to several samplers, which hold the same policy.
 
+    Each is a process of its own: transformers cannot load two models in one at the same time.
+
     Request i goes to replica i modulo their number, so that the deal depends on the call alone.
     """
 

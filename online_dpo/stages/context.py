@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from online_dpo.config import Config
 from online_dpo.crew import Crew
+from online_dpo.pinning import model_folder
 from online_dpo.progress import Progress
 from online_dpo.records import ModelRef, Prompt, RoundPlan
 from online_dpo.store import RoundDir, RunDir
@@ -60,8 +61,6 @@ class Context:
 
     def folder(self, model: ModelRef) -> Path:
         """Where a model's files lie."""
-        from online_dpo.stages.origin import model_folder
-
         return model_folder(self.run, model)
 
     def model_params(self, model: ModelRef) -> dict[str, str]:

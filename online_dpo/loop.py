@@ -1,0 +1,184 @@
+"""The rounds of a campaign, one after the other, in one process that holds its run directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from online_dpo.config import Config, JudgeConfig
+from online_dpo.crew import Crew
+from online_dpo.errors import ConfigError, CorruptError
+from online_dpo.judging import Labeller
+from online_dpo.ledger import LEDGER
+from online_dpo.metrics_log import append_metrics, rebuild_metrics
+from online_dpo.progress import Progress
+from online_dpo.records import model_ref_from_dict
+from online_dpo.retention import KeptRound, deletable
+from online_dpo.schedule import PastRound, PromptPool, plan_round
+from online_dpo.stages.context import Context, PromptTable
+from online_dpo.stages.evaluate import evaluate
+from online_dpo.stages.label import Labelling
+from online_dpo.stages.origin import make_origin
+from online_dpo.stages.pair import pair
+from online_dpo.stages.promote import promote
+from online_dpo.stages.sample import sample
+from online_dpo.stages.train import train
+from online_dpo.store import RoundDir, RunDir
+
+
+class Loop:
+    """One process's work on a campaign: the crew, the judges, and the rounds one by one."""
+
+    def __init__(self, folder: RunDir, config: Config, progress: Progress) -> None:
+        self._folder = folder
+        self._config = config
+        self._progress = progress
+        self._crew = Crew(config, run=folder.path)
+        self._judges: list[tuple[JudgeConfig, Labeller]] = []
+        self._prompts: PromptTable | None = None
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, judge in self._judges:
+            judge.close()
+        self._crew.close()
+
+    def run(self) -> None:
+        self._folder.event("campaign started", pid=os.getpid(), made_with=self._crew.facts)
+        rebuild_metrics(self._folder)
+        total = self._config.campaign.rounds
+        if not self._folder.round(total).finished:
+            for evaluation in (False, True):
+                self._labeller(evaluation, 0)
+        if not self._folder.round(0).finished:
+            self._timed(0, self._origin)
+        history = [_past(r) for r in self._folder.rounds() if r.finished]
+        for number in range(len(history), total + 1):
+            self._timed(number, lambda: self._round(history))
+            history.append(_past(self._folder.round(len(history))))
+            self._prune()
+        self._progress.round(total + 1, total)
+        self._folder.event("campaign finished", rounds=total)
+
+    def _timed(self, number: int, work: Callable[[], Context]) -> None:
+        """Do a round; its wall time, work by stage and fixed cost go to the events."""
+        self._progress.round(number, self._config.campaign.rounds)
+        self._folder.event("round began", round=number)
+        began = time.monotonic()
+        context = work()
+        wall = time.monotonic() - began
+        busy = {stage: round(seconds, 4) for stage, seconds in context.busy_s.items()}
+        fixed = round(wall - sum(busy.values()), 4)
+        times = {"wall_s": round(wall, 4), "busy_s": busy, "fixed_s": fixed}
+        self._folder.event("round ended", round=number, **times)
+        append_metrics(self._folder, self._folder.round(number))
+
+    def _origin(self) -> Context:
+        context = self._context(self._folder.round(0))
+        if not context.round.planned:
+            seed = self._config.campaign.seed
+            context.round.write_plan({"round": 0, "seed": seed})
+        with context.working("origin"):
+            make_origin(context)
+        self._check_pool(context)
+        evaluate(context)
+        promote(context)
+        return context
+
+    def _round(self, history: Sequence[PastRound]) -> Context:
+        round_dir = self._folder.round(len(history))
+        context = self._context(round_dir)
+        table = context.load_prompts()
+        if not round_dir.planned:
+            pool = PromptPool(table.train, table.weights, table.sha256)
+            round_dir.write_plan(plan_round(self._config, history, pool))
+        context.plan = round_dir.plan()
+        self._check_chain(context, history[-1])
+        if not round_dir.has("pairs"):
+            total = len(context.plan.prompt_ids)
+            with Labelling(context, total=total) as labelling:
+                for shard in sample(context):
+                    labelling.submit(shard)
+        with context.working("pair"):
+            pair(context)
+        train(context)
+        if context.plan.evaluate:
+            evaluate(context)
+        promote(context)
+        return context
+
+    def _context(self, round_dir: RoundDir) -> Context:
+        context = Context(
+            config=self._config,
+            run=self._folder,
+            round=round_dir,
+            crew=self._crew,
+            progress=self._progress,
+            make_labeller=lambda evaluation: self._labeller(evaluation, round_dir.number),
+            prompts=self._prompts,
+        )
+        if self._folder.round(0).has("prompts"):
+            self._prompts = context.load_prompts()
+        return context
+
+    def _labeller(self, evaluation: bool, number: int) -> Labeller:
+        """The judge of labelling or of evaluation, set to a round; one serves both where equal."""
+        config = self._config.eval_judge if evaluation else self._config.judge
+        for known, labeller in self._judges:
+            if known == config:
+                labeller.round = number
+                return labeller
+        labeller = Labeller(
+            config,
+            base=None,
+            ledger_path=self._folder.path / LEDGER,
+            seed=self._config.campaign.seed,
+            round=number,
+            on_event=lambda event: self._folder.event("judge", **event),
+        )
+        self._judges.append((config, labeller))
+        return labeller
+
+    def _check_pool(self, context: Context) -> None:
+        size = sum(len(ids) for ids in context.load_prompts().train.values())
+        wanted = self._config.campaign.prompts_per_round
+        if wanted > size:
+            raise ConfigError(
+                f"campaign.prompts_per_round is {wanted}, but only {size} training prompts are "
+                f"usable (see {context.round.path / 'prompts' / 'problems.jsonl'})."
+            )
+
+    def _check_chain(self, context: Context, last: PastRound) -> None:
+        """The plan must name the round before it as it stands on the disk."""
+        if context.inputs.previous_manifest_sha256 != last.manifest_sha256:
+            raise CorruptError(
+                f"{context.round.path / 'round.json'} was made after another round "
+                f"{last.round:03d} than the one on disk."
+            )
+
+    def _prune(self) -> None:
+        finished = [r for r in self._folder.rounds() if r.finished]
+        kept = [KeptRound(r.number, bool(r.manifest()["promoted"])) for r in finished]
+        for number in deletable(self._config, kept):
+            for name in ("policy", "optimizer"):
+                if self._folder.round(number).has(name):
+                    self._folder.event("deleted", round=number, artifact=name, why="retention")
+                    self._folder.round(number).remove(name)
+
+
+def _past(round_dir: RoundDir) -> PastRound:
+    manifest = round_dir.manifest()
+    policy = model_ref_from_dict(manifest["policy"])
+    assert policy is not None
+    return PastRound(
+        round=round_dir.number,
+        prompt_ids=round_dir.plan().prompt_ids if round_dir.number else (),
+        policy=policy,
+        promoted=bool(manifest["promoted"]),
+        optimizer=model_ref_from_dict(manifest["optimizer"]),
+        optimizer_step=int(manifest["optimizer_step"]),
+        manifest_sha256=round_dir.manifest_sha256(),
+    )
