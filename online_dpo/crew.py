@@ -113,22 +113,57 @@ class Crew:
         )
 
     def _make_sampler(self) -> Worker:
+        """The sampler, or one for each replica of `sampling.engine.data_parallel_size`."""
         config = self._config
+        sampling = config.sampling.model_dump(mode="json")
+        replicas = int(sampling["engine"].pop("data_parallel_size", 1))
         settings = {
             **self._common_settings(),
             "sampler": self.sampler_kind,
-            "sampling": config.sampling.model_dump(mode="json"),
+            "sampling": sampling,
         }
         if self.inline:
             return InlineWorker(lambda: _load(SAMPLER)(settings))
+        devices = self._devices(config.sampling.devices, "sampling.devices")
+        if replicas == 1:
+            return self._sampler_process(settings, "sampler", devices)
+        from online_dpo.samplers.replicas import ReplicatedSampler
+
+        shares = self._shares(devices, replicas)
+        return ReplicatedSampler(
+            [
+                self._sampler_process(settings, f"sampler-{index}", share)
+                for index, share in enumerate(shares)
+            ]
+        )
+
+    def _sampler_process(
+        self, settings: Mapping[str, Any], role: str, devices: list[str] | None
+    ) -> Worker:
         return ChildWorker(
-            "sampler",
+            role,
             SAMPLER,
             settings,
             run=self._run,
-            log=self._run / "logs" / "sampler.log",
-            env=self._environment(self._devices(config.sampling.devices, "sampling.devices")),
+            log=self._run / "logs" / f"{role}.log",
+            env=self._environment(devices),
         )
+
+    def _shares(self, devices: list[str] | None, replicas: int) -> list[list[str] | None]:
+        """Each replica's GPUs, as many as one engine spans; on a CPU there is nothing to share."""
+        if not self.gpu:
+            return [None] * replicas
+        here = devices if devices is not None else list(visible_gpus())
+        engine = self._config.sampling.engine
+        span = int(engine.get("tensor_parallel_size", 1)) * int(
+            engine.get("pipeline_parallel_size", 1)
+        )
+        if len(here) < span * replicas:
+            raise ConfigError(
+                f"{replicas} replicas of {span} GPUs each need {replicas * span} GPUs, and "
+                f"{len(here)} are there. Lower data_parallel_size in sampling.engine."
+            )
+        return [here[index * span : (index + 1) * span] for index in range(replicas)]
 
     def _common_settings(self) -> dict[str, Any]:
         return {

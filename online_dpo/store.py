@@ -78,7 +78,10 @@ class RunDir:
         return absolute.relative_to(self.path).as_posix() if inside else str(absolute)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Append one line to events.jsonl: what happened, when, with its figures."""
+        """Append one line to events.jsonl: what happened, when, with its figures.
+
+        A worker's own event may be passed on whole: its `event` then stands for `kind`.
+        """
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, default=str)
         with disk_faults(self.path), (self.path / "events.jsonl").open("ab+") as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"

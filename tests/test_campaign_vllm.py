@@ -50,6 +50,23 @@ def test_two_rounds_with_vllm(tmp_path: Path) -> None:
     _check_logprobs(run)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_replicas_of_vllm_sample_together(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", **VLLM_SECTIONS)
+    config["model"]["init"] |= {"num_heads": 1, "max_length": 128}
+    config["sampling"]["engine"]["data_parallel_size"] = 2
+    config["campaign"]["rounds"] = 1
+    assert in_child(run_it, config, timeout_s=850) == 0, _logs(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    rows = read_table(run.path / "rounds/001/samples/part-00000/samples.parquet")
+    assert [row["prompt_id"] for row in rows[::4]] == list(run.round(1).plan().prompt_ids[:4])
+    assert {path.name for path in (run.path / "logs").glob("sampler-*.log")} == {
+        "sampler-0.log",
+        "sampler-1.log",
+    }
+
+
 def _check_logprobs(run: RunDir) -> None:
     """vLLM's sampled log-probs are those of the policy that the plan names."""
     from online_dpo.training.handler import Trainer

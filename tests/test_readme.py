@@ -34,6 +34,7 @@ from online_dpo.plugins import available
 from online_dpo.samplers.vllm_settings import OWN_ARGUMENTS, engine_arguments
 from online_dpo.tables import read_table
 from online_dpo.wording import FATES
+from online_dpo.workers import RUN_ENV, SOCKET_ENV, TCP, TOKEN_ENV
 
 REPO = Path(__file__).resolve().parent.parent
 README = REPO / "README.md"
@@ -319,8 +320,8 @@ def test_the_settings_that_may_change_at_any_time_are_listed() -> None:
     (line,) = re.findall(
         r"^- \*\*At any time:\*\* (.*?)\. More", (DOCS / "resume.md").read_text(), re.M
     )
-    listed = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", line))
-    assert listed == {name for name in OPERATIONAL if not name.startswith("evaluation.")}
+    listed = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", line))
+    assert listed == set(OPERATIONAL)
 
 
 # --- judges ------------------------------------------------------------------------------------
@@ -404,6 +405,29 @@ def test_the_engine_arguments_are_listed() -> None:
     made = engine_arguments(config.model, {}, device="cuda")
     for name in ("dtype", "enable_sleep_mode", "distributed_executor_backend"):
         assert f"`{name}: {yaml.safe_dump(made[name]).split()[0]}`" in page
+
+
+def test_the_environment_of_a_second_machine_is_the_workers() -> None:
+    text = block(DOCS / "gpus.md", "sh", "--machine_rank 1")
+    assert set(re.findall(r"\bONLINE_DPO_\w+", text)) == {SOCKET_ENV, TOKEN_ENV, RUN_ENV}
+    assert f"{SOCKET_ENV}={TCP}" in text and "-m online_dpo.worker_main" in text
+
+
+def test_the_quickstart_is_described_as_it_is() -> None:
+    config = load_config("quickstart.yaml").config
+    assert config.sft is not None
+    text = (DOCS / "quickstart.md").read_text()
+    for file in (
+        config.sft.demonstrations,
+        config.prompts.train[0].path,
+        config.prompts.eval[0].path,
+    ):
+        with (REPO / "prompts" / file).open() as lines:
+            assert re.search(rf"(?<![\d,]){sum(1 for _ in lines):,}(?!\d)", text), file
+    assert f"samples {config.sampling.n} reviews of each" in text
+    assert (config.pairs.selector, config.reference.promote) == ("best_worst", "every_round")
+    kinds = {scorer["kind"] for scorer in config.judge.options["scorers"]}
+    assert kinds == {"lexicon", "length", "transitions", "repetition", "finished"}
 
 
 def test_every_gpu_config_is_listed() -> None:

@@ -41,11 +41,15 @@ def shard_names(context: Context) -> list[str]:
 def load_policy(context: Context, policy: ModelRef) -> dict[str, Any]:
     """Make a policy the one that the sampler serves; nothing happens where it is already."""
     canary = canary_file(context.run, policy)
+    number = context.round.number
     result = context.crew.sampler().call(
-        "load", model=context.model_params(policy), canary=None if canary is None else str(canary)
+        "load",
+        on_event=lambda event: context.run.event("sampler", round=number, **event),
+        model=context.model_params(policy),
+        canary=None if canary is None else str(canary),
     )
     if result["how"] != "cached":
-        context.run.event("policy loaded", round=context.round.number, **result)
+        context.run.event("policy loaded", round=number, **result)
     return result
 
 
