@@ -25,10 +25,10 @@ A campaign is one YAML file with these sections; `model`, `prompts` and `judge` 
 an error, with the nearest known one. `online-dpo plan CONFIG` says what a config would do. Every \
 command that takes a config takes `--set section.key=value`, as often as needed.
 - **YAML** is read as version 1.2 defines it: `5e-7` is a number, `no` is a string. A key that \
-stands twice is an error, and so is a tag.
+stands twice is an error.
 - **Paths** are relative to the config's own folder, then to the working directory. The files in \
 `prompts/` and `configs/` are found by their bare name from anywhere: `path: general.jsonl`, \
-`online-dpo run quickstart.yaml`.
+`online-dpo run quickstart.yaml`. `campaign.run_dir` is relative to the working directory.
 - **Editors** that know YAML schemas complete and check a config: `online-dpo schema > schema.json`.
 
 Fields marked * may be changed by `online-dpo resume RUN_DIR --set ...` without `--accept-change`: \
@@ -75,7 +75,8 @@ def _table(path: str, model: Schema, rows: Sequence[str]) -> list[str]:
 def _row(path: str, key: str, field: Schema, places: Mapping[str, str], *, required: bool) -> str:
     mark = " *" if path.startswith(OPERATIONAL) else ""
     default = "required" if required else f"`{_value(field.get('default'))}`"
-    cells = (f"`{key}`{mark}", _type(field, places), default, field["description"])
+    meaning = field["description"].replace("None", "null").replace("<", "&lt;")
+    cells = (f"`{key}`{mark}", _type(field, places), default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -93,8 +94,8 @@ def _type(field: Schema, places: Mapping[str, str]) -> str:
     if "$ref" in field:
         return f"section [{_place(field, places)}](#{_anchor(_place(field, places))})"
     if "anyOf" in field:
-        options = [_type(option, places) for option in field["anyOf"]]
-        return " or ".join(option for option in options if option != "null")
+        options = [option for option in field["anyOf"] if option.get("type") != "null"]
+        return " or ".join(_type(option, places) for option in options)
     if "enum" in field or "const" in field:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
@@ -104,7 +105,7 @@ def _type(field: Schema, places: Mapping[str, str]) -> str:
     if field["type"] == "object":
         return _object(field)
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
-    return names.get(field["type"], field["type"]) + _bounds(field)
+    return names[field["type"]] + _bounds(field)
 
 
 def _object(field: Schema) -> str:
@@ -120,8 +121,12 @@ def _bounds(field: Schema) -> str:
         "maximum": "≤",
         "exclusiveMaximum": "<",
     }
-    bounds = [f"{word} {field[key]:g}" for key, word in words.items() if key in field]
+    bounds = [f"{word} {_number(field[key])}" for key, word in words.items() if key in field]
     return f" {', '.join(bounds)}" if bounds else ""
+
+
+def _number(bound: float) -> str:
+    return "2^63" if bound == 2**63 else f"{bound:g}"
 
 
 def _place(field: Schema, places: Mapping[str, str]) -> str:
