@@ -103,8 +103,6 @@ def resume(
     folder = RunDir(run_dir)
     folder.require()
     config = current_config(folder)
-    if trust is not None:
-        check_trust(config, trust, run=folder.path)
     if expected is not None:
         check_same(folder, config, expected)
     changed = override_config(config, overrides, source="--set") if overrides else config
@@ -113,6 +111,8 @@ def resume(
         check_changes(folder, changes, accept_change)
     elif is_finished(folder, config):
         return _view(folder)
+    if trust is not None:
+        check_trust(config, trust, run=folder.path)
     return _hold_and_run(folder, changed, progress, changes=changes)
 
 

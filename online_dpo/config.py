@@ -416,6 +416,17 @@ class Config(Section):
                 "train.listen and train.launch.num_machines above 1 go together: processes on "
                 "other machines connect to it"
             )
+        if self.train.launch and self.train.num_processes == 1:
+            raise ValueError("train.launch is for several processes; set train.num_processes")
+        if (
+            self.compute.layout == "separate"
+            and self.sampling.sampler != "openai_server"
+            and None in (self.sampling.devices, self.train.devices)
+        ):
+            raise ValueError(
+                "compute.layout: separate needs sampling.devices and train.devices, or both would "
+                "take the first GPU"
+            )
         if self.sampling.n + (self.sampling.also.n if self.sampling.also else 0) < 2 and not any(
             source.answer_field for source in self.prompts.train
         ):

@@ -68,7 +68,10 @@ class Crew:
 
     @property
     def _threads(self) -> int:
-        return self._config.compute.threads or os.cpu_count() or 1
+        """What torch takes, as far as it can be known without torch."""
+        pinned = os.environ.get("OMP_NUM_THREADS", "")
+        default = int(pinned) if pinned.isdigit() else os.cpu_count()
+        return self._config.compute.threads or default or 1
 
     @property
     def _takes_turns(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config, override_config
 from online_dpo.errors import CorruptError, DriftError
-from online_dpo.store import RunDir
+from online_dpo.store import RoundDir, RunDir
 from online_dpo.trust import trust_flags
 
 OPERATIONAL = (
@@ -28,6 +28,21 @@ OPERATIONAL = (
     "train.checkpoint_every",
 )
 """Settings that may change between starts: they do not change what is committed."""
+
+FROZEN = ("model", "sft", "prompts", "campaign.seed", "campaign.run_dir", "pairs.offline")
+"""Settings that round 0 rests on."""
+
+PLANNED = ("train.beta", "train.learning_rate", "train.optimizer", "evaluation.every")
+"""Settings that a round's plan has written down."""
+
+_FIRST_ARTIFACT = {
+    "sampling": "samples",
+    "judge": "labels",
+    "pairs": "pairs",
+    "train": "reference",
+    "evaluation": "evaluation",
+}
+"""The first artifact of a round that a section has a part in; other sections enter its plan."""
 
 
 def current_config(folder: RunDir) -> Config:
@@ -59,25 +74,41 @@ def check_same(folder: RunDir, recorded: Config, config: Config) -> None:
 def check_changes(
     folder: RunDir, changes: Mapping[str, tuple[Any, Any]], accept_change: bool
 ) -> None:
+    """Raise DriftError unless the changes leave alone what is committed, and are accepted."""
     fixed = {k: v for k, v in changes.items() if not k.startswith(OPERATIONAL)}
-    frozen = [k for k in fixed if k.split(".")[0] in ("model", "sft", "prompts")]
-    if frozen or "campaign.seed" in fixed or "campaign.run_dir" in fixed:
+    frozen = {k: v for k, v in fixed.items() if k.startswith(FROZEN)}
+    if frozen:
         raise DriftError(
             f"What is committed in {folder.path} depends on these; they cannot change:\n"
-            f"{_diff(fixed)}\nStart another campaign with them instead."
+            f"{_diff(frozen)}\nStart another campaign with them instead."
         )
+    for round_dir in folder.rounds():
+        late = {k: v for k, v in fixed.items() if _is_late(round_dir, k)}
+        if late:
+            raise DriftError(
+                f"Round {round_dir.number} has come past the point where these count:\n"
+                f"{_diff(late)}\nResume it as it is; or give the round up (judgements stay in the "
+                f"ledger): rm -r {round_dir.path}",
+                remedy=f"online-dpo resume {shlex.quote(str(folder.path))}",
+            )
     if fixed and not accept_change:
+        values = [shlex.quote(f"{key}={json.dumps(new)}") for key, (_, new) in changes.items()]
+        sets = " ".join(f"--set {value}" for value in values)
         raise DriftError(
             f"This changes what later rounds of {folder.path} do:\n{_diff(fixed)}",
-            remedy=f"online-dpo resume {folder.path} --accept-change with the same --set",
+            remedy=f"online-dpo resume {shlex.quote(str(folder.path))} --accept-change {sets}",
         )
-    begun = [r for r in folder.rounds() if r.planned and not r.finished]
-    if fixed and begun:
-        raise DriftError(
-            f"Round {begun[0].number} of {folder.path} has begun under the old settings:\n"
-            f"{_diff(fixed)}\nResume without --set to its end first.",
-            remedy=f"online-dpo resume {folder.path}",
-        )
+
+
+def _is_late(round_dir: RoundDir, key: str) -> bool:
+    """Whether an unfinished round has committed something that a setting had a part in."""
+    if round_dir.finished or round_dir.number == 0:
+        return False
+    section = key.split(".")[0]
+    if key in PLANNED or section not in _FIRST_ARTIFACT:
+        return round_dir.planned
+    first = _FIRST_ARTIFACT[section]
+    return round_dir.has(first) or bool(round_dir.children(first))
 
 
 def record_change(folder: RunDir, changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -43,8 +43,8 @@ def export_campaign(campaign: Campaign, out: Path, round_number: int | None = No
         remove_tree(partial)
         partial.mkdir()
         _copy_model(policy, partial / "policy")
-        usable, names = _write_preferences(partial, rows)
-        card = model_card(campaign, number, pairs=usable, left_out=len(rows) - usable)
+        names = _write_preferences(partial, rows)
+        card = model_card(campaign, number)
         (partial / "policy" / "README.md").write_text(card, encoding="utf-8")
         _flush(partial)
         partial.rename(target)
@@ -96,13 +96,13 @@ def _copy_model(policy: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _write_preferences(folder: Path, rows: Iterable[Mapping[str, Any]]) -> tuple[int, list[str]]:
-    """Write the usable rows; returns their number and the files' names.
+def _write_preferences(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Write the rows; returns the files' names.
 
     Readers want one form in a file, so rows of text and rows of messages go to files of their own
-    where a campaign has both. A pair whose prompt's text was not kept cannot be written.
+    where a campaign has both.
     """
-    usable = [dict(row) for row in rows if row["prompt"]]
+    usable = [dict(row) for row in rows]
     texts = [row for row in usable if isinstance(row["prompt"], str)]
     chats = [row for row in usable if not isinstance(row["prompt"], str)]
     if texts and chats:
@@ -113,7 +113,7 @@ def _write_preferences(folder: Path, rows: Iterable[Mapping[str, Any]]) -> tuple
     for name, table in tables.items():
         _write_tables(folder / name, table)
         names += [f"{name}.jsonl", f"{name}.parquet"]
-    return len(usable), names
+    return names
 
 
 def _write_tables(path: Path, rows: list[Row]) -> None:

@@ -17,8 +17,8 @@ from online_dpo.wording import drift, estimate, figure, headline, number, percen
 _HUB = "hub:"
 
 
-def model_card(campaign: Campaign, round_number: int, *, pairs: int, left_out: int) -> str:
-    """The card of a round's policy. `pairs` were written beside it, `left_out` could not be.
+def model_card(campaign: Campaign, round_number: int) -> str:
+    """The card of a round's policy.
 
     Places on this machine are not named, only the last part of a path.
     """
@@ -27,7 +27,7 @@ def model_card(campaign: Campaign, round_number: int, *, pairs: int, left_out: i
         _front_matter(campaign),
         f"# {_code(campaign.config.campaign.name or campaign.path.name)}, round {round_number}\n",
         headline(rounds) + "\n",
-        _made(campaign, rounds, pairs, left_out),
+        _made(campaign, rounds),
         _evaluation(campaign, rounds),
         _use(campaign),
         "## License\n\nNot stated yet: fill in `license` above. The terms of the base model, of "
@@ -66,7 +66,7 @@ def _base_name(campaign: Campaign) -> str:
     return f"{_code(Path(base).name)}, a local model"
 
 
-def _made(campaign: Campaign, rounds: list[RoundView], pairs: int, left_out: int) -> str:
+def _made(campaign: Campaign, rounds: list[RoundView]) -> str:
     config = campaign.config
     train = config.train
     promote = config.reference.promote
@@ -80,7 +80,7 @@ def _made(campaign: Campaign, rounds: list[RoundView], pairs: int, left_out: int
             f"{train.batch_size} pairs a step)"
         ),
         "Reference promoted": promoted.replace("_", " "),
-        "Judge": _code(config.judge.name),
+        "Judge": _code(_public(config.judge.name)),
         "Responses": f"{sum(v.samples for v in rounds):,}, {config.sampling.n} for each prompt",
         "Training pairs": f"{sum(v.pairs for v in rounds):,}" + _offline(campaign),
         "Prompts": _prompts(campaign),
@@ -88,11 +88,6 @@ def _made(campaign: Campaign, rounds: list[RoundView], pairs: int, left_out: int
         "Policy sha256": f"`{(rounds[-1].policy or {}).get('sha256', '-')}`",
     }
     lines = [f"- {name}: {fact}" for name, fact in facts.items()]
-    if left_out:
-        lines.append(
-            f"- {left_out} training pairs are not among the {pairs} exported ones: they come from "
-            "an offline set, and the run keeps their prompts as tokens only"
-        )
     return "## How it was made\n\n" + "\n".join(lines) + "\n"
 
 
@@ -114,7 +109,7 @@ def _evaluation(campaign: Campaign, rounds: list[RoundView]) -> str:
     measured = evaluated(rounds)
     if not measured:
         return ""
-    judge = campaign.config.eval_judge.name
+    judge = _code(_public(campaign.config.eval_judge.name))
     columns = {
         "round": [str(view.round) for view in measured],
         "reward": [estimate(figure(view, "score")) for view in measured],
@@ -129,7 +124,7 @@ def _evaluation(campaign: Campaign, rounds: list[RoundView]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"## Evaluation\n\nOn {figure(measured[-1], 'prompts')} held-out prompts, judged by "
-        f"{_code(judge)}. Rewards with their standard error, win rates with their 95% interval, "
+        f"{judge}. Rewards with their standard error, win rates with their 95% interval, "
         f"KL in nats per sequence.\n\n{table}\n"
     )
 
@@ -162,3 +157,8 @@ def _file(path: str) -> str:
 def _code(text: str) -> str:
     """Text as it is, in Markdown: as code, on one line, with no way out of it."""
     return "`" + " ".join(visible(text).replace("`", "'").split()) + "`"
+
+
+def _public(judge: str) -> str:
+    """A judge's name without the folder of a file on this machine."""
+    return Path(judge).name if ".py:" in judge else judge

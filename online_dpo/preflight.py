@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
+from online_dpo.errors import ConfigError
 from online_dpo.pairing import SELECTORS
 from online_dpo.plugins import instantiate, names_code, resolve
 from online_dpo.resources import find_data
@@ -74,6 +76,14 @@ def _tables(config: Config) -> list[str]:
 
 
 def _check_judge(judge: JudgeConfig) -> None:
+    """Resolve a judge and fit its options, without loading models or running a user's file."""
+    if names_code(judge.name):
+        return
     target = resolve(judge.name)
-    if not names_code(judge.name):
-        instantiate(target, judge.options, name=judge.name)
+    if inspect.isclass(target) and not getattr(target, "inline", False):
+        try:
+            inspect.signature(target).bind(**judge.options)
+        except TypeError as error:
+            raise ConfigError(f"judge.options do not fit {judge.name!r}: {error}") from error
+        return
+    instantiate(target, judge.options, name=judge.name)

@@ -13,7 +13,7 @@ from run_fixture import make_run
 
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.export import export_campaign
-from online_dpo.tables import read_table, write_table
+from online_dpo.tables import read_table
 from online_dpo.views import Campaign
 
 
@@ -188,15 +188,3 @@ def test_a_row_is_a_line_whatever_it_holds(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "preferences.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     assert rows[0]["chosen"] == "one\u2028two\u0085three\nfour é"
-
-
-def test_pairs_without_their_prompt_are_left_out_and_counted(tmp_path: Path) -> None:
-    run = make_run(tmp_path, rounds=1)
-    table = run / "rounds" / "001" / "pairs" / "pairs.parquet"
-    rows = read_table(table)
-    rows[0] |= {"prompt_id": "0" * 15 + "x", "origin": "offline"}
-    write_table(table, "pairs", rows)
-    export_campaign(Campaign(run), tmp_path / "out")
-    assert len(lines(tmp_path / "out" / "preferences.jsonl")) == len(rows) - 1
-    card = (tmp_path / "out" / "policy" / "README.md").read_text()
-    assert f"1 training pairs are not among the {len(rows) - 1} exported ones" in card
