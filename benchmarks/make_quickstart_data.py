@@ -17,11 +17,11 @@ from functools import cache
 from pathlib import Path
 
 SEED = 7
-NUM_REVIEW_PROMPTS, NUM_REVIEW_EVAL, NUM_REVIEW_DEMONSTRATIONS = 384, 128, 5000
+NUM_REVIEW_PROMPTS, NUM_REVIEW_EVAL, NUM_REVIEW_DEMONSTRATIONS = 384, 192, 5000
 NUM_SUM_PROMPTS, NUM_SUM_EVAL, NUM_SUM_DEMONSTRATIONS = 1024, 256, 4096
 
 # Most demonstrations are negative or neutral: this is what the campaign has to change.
-MOODS = {"negative": 0.5, "neutral": 0.28, "positive": 0.22}
+MOODS = {"negative": 0.52, "neutral": 0.3, "positive": 0.18}
 
 
 def listed(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from online_dpo.calls import CallContext, Door, Limits
 from online_dpo.chat import ChatReply, ChatRequest, Estimate
 from online_dpo.config import AnswerSource
-from online_dpo.errors import EngineError
+from online_dpo.errors import CampaignError, EngineError, JudgeError
 from online_dpo.records import Message, Prompt
 
 _CONCURRENCY = 16
@@ -35,6 +35,7 @@ def buy_answers(
     *,
     max_tokens: int,
     temperature: float,
+    limits: Limits,
     ledger_path: Path,
     seed: int,
     round_number: int,
@@ -50,7 +51,7 @@ def buy_answers(
         judge="sampling.also",
         version="1",
         seed=seed,
-        limits=Limits(),
+        limits=limits,
         concurrency=_CONCURRENCY,
         timeout_s=_TIMEOUT_S,
         retries=_RETRIES,
@@ -76,6 +77,8 @@ def buy_answers(
         return asyncio.run(ask_all())
     except* Exception as errors:
         first = errors.exceptions[0]
+        if isinstance(first, CampaignError) and not isinstance(first, JudgeError):
+            raise first from None
         raise EngineError(f"sampling.also: {source.model} at {source.url}: {first}") from first
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from online_dpo.drift import (
     current_config,
     is_finished,
     record_change,
-    resume_command,
+    remedy_for,
 )
 from online_dpo.errors import (
     CampaignError,
@@ -125,7 +125,8 @@ def _make_way(folder: RunDir, error: ConfigError) -> None:
         return
     for path in folder.path.iterdir():
         remove_tree(path)
-    folder.path.rmdir()
+    with contextlib.suppress(OSError):  # a mount point stays
+        folder.path.rmdir()
 
 
 def with_run_dir(loaded: LoadedConfig, run_dir: str | Path) -> LoadedConfig:
@@ -194,7 +195,7 @@ def _hold_and_run(
             lock = RunLock(folder.path)
             try:
                 if changes:
-                    record_change(folder, changes)
+                    record_change(folder, config, changes)
                 check_pin(folder)
                 _check_ledger(folder)
                 with Loop(folder, config, shown) as loop:
@@ -202,9 +203,8 @@ def _hold_and_run(
             finally:
                 shown.close()
                 lock.release()
-    except CampaignError as error:
-        if not isinstance(error, ConfigError):
-            error.remedy = error.remedy or resume_command(folder, config)
+    except (CampaignError, SignalError) as error:
+        error.remedy = error.remedy or remedy_for(error, folder, config)
         raise
     return _view(folder)
 
@@ -222,7 +222,7 @@ def _check_ledger(folder: RunDir) -> None:
         check_ledger(folder.path / LEDGER, int(last["rows"]), str(last["sha256"]))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """SIGINT and SIGTERM end the campaign in good order; a second one ends it at once."""
     if threading.current_thread() is not threading.main_thread():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from online_dpo.errors import CampaignError
+from online_dpo.errors import CampaignError, SignalError
 from online_dpo.files import as_disk_error
 from online_dpo.visible import visible
 
@@ -44,7 +44,7 @@ def main() -> None:
     sys.argv[:] = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except CampaignError as error:
+    except (CampaignError, SignalError) as error:
         _fail(error, debug)
     except Exception as error:
         fault = as_disk_error(error)
@@ -220,7 +220,7 @@ def _finish(campaign: Campaign, starts: int) -> None:
     print_summary(campaign, "This campaign was finished already: nothing to do." if idle else None)
 
 
-def _fail(error: CampaignError, debug: bool) -> None:
+def _fail(error: CampaignError | SignalError, debug: bool) -> None:
     if debug or error.exit_code == 1:
         traceback.print_exc()
     say: Callable[[str], None] = lambda text: typer.echo(visible(text), err=True)  # noqa: E731

@@ -154,8 +154,8 @@ class AnswerSource(Section):
     """Answers for each prompt."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
-    price_per_million: tuple[float, float] = (0.0, 0.0)
-    """Dollars per million tokens, in and out."""
+    price_per_million: tuple[float, float] | None = None
+    """Dollars per million tokens, in and out; [0, 0] is free; a judge.budget needs it."""
 
 
 class SamplingConfig(Section):
@@ -225,9 +225,9 @@ class JudgeConfig(Section):
     retries: Annotated[int, Field(ge=0, le=20)] = 4
     """Further attempts after a rate limit, a timeout or a server error."""
     budget: Annotated[float, Field(gt=0.0)] | None = None
-    """Dollars for the whole campaign; None is without limit."""
+    """Dollars for all paid calls of the campaign; None is without limit."""
     max_calls: Count | None = None
-    """Calls for the whole campaign; None is without limit."""
+    """Paid calls of the whole campaign; None is without limit."""
 
 
 class OfflinePairs(Section):
@@ -415,6 +415,12 @@ class Config(Section):
             raise ValueError(
                 "train.listen and train.launch.num_machines above 1 go together: processes on "
                 "other machines connect to it"
+            )
+        own = self.evaluation.judge
+        if own is not None and (own.budget is not None or own.max_calls is not None):
+            raise ValueError(
+                "judge.budget and judge.max_calls hold for the whole campaign, evaluation and "
+                "sampling.also included; evaluation.judge takes none of its own"
             )
         if self.train.launch and self.train.num_processes == 1:
             raise ValueError("train.launch is for several processes; set train.num_processes")

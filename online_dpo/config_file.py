@@ -112,14 +112,17 @@ _Dumper.add_representer(
 )
 
 
+ABSENT = "(not set)"
+"""Stands in a difference for a key that one of the configs does not have."""
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both values."""
     before = dict(_leaves(old.model_dump(mode="json")))
     after = dict(_leaves(new.model_dump(mode="json")))
     keys = [*before, *(key for key in after if key not in before)]
-    return {
-        key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
-    }
+    pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def _leaves(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

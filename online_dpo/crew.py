@@ -12,6 +12,7 @@ from typing import Any
 from online_dpo.config import Config
 from online_dpo.devices import visible_gpus
 from online_dpo.errors import ConfigError
+from online_dpo.samplers.handler import refuse_unused
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
 TRAINER = "online_dpo.training.handler:Trainer"
@@ -26,6 +27,8 @@ class Crew:
         self._run = run
         self.gpu = _uses_gpu(config)
         self.sampler_kind = choose_sampler(config, gpu=self.gpu, vllm=has_vllm())
+        refuse_unused(self.sampler_kind, config.sampling)
+        _refuse_gpu_settings(config, gpu=self.gpu)
         self.inline = _is_inline(config, gpu=self.gpu, sampler=self.sampler_kind)
         self._sampler: Worker | None = None
         self._trainer: Worker | None = None
@@ -234,6 +237,17 @@ def _uses_gpu(config: Config) -> bool:
     if wanted == "cuda" and not visible_gpus():
         raise ConfigError("compute.device is cuda, but no NVIDIA GPU is visible.")
     return wanted == "cuda" or (wanted == "auto" and bool(visible_gpus()))
+
+
+def _refuse_gpu_settings(config: Config, *, gpu: bool) -> None:
+    given = {
+        "sampling.devices": config.sampling.devices is not None,
+        "train.devices": config.train.devices is not None,
+        "compute.layout": config.compute.layout != "colocated",
+    }
+    for name, is_set in given.items():
+        if is_set and not gpu:
+            raise ConfigError(f"{name} places work on GPUs, and this campaign runs on the CPU.")
 
 
 def _is_inline(config: Config, *, gpu: bool, sampler: str) -> bool:

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import Config
-from online_dpo.config_file import differences, load_config, override_config
-from online_dpo.errors import CorruptError, DriftError
+from online_dpo.config_file import differences, load_config
+from online_dpo.errors import (
+    BudgetError,
+    CampaignError,
+    ConfigError,
+    CorruptError,
+    DivergedError,
+    DriftError,
+    NoPairsError,
+    SignalError,
+)
 from online_dpo.store import RoundDir, RunDir
 from online_dpo.trust import trust_flags
 
@@ -29,8 +38,18 @@ OPERATIONAL = (
 )
 """Settings that may change between starts: they do not change what is committed."""
 
-FROZEN = ("model", "sft", "prompts", "campaign.seed", "campaign.run_dir", "pairs.offline")
-"""Settings that round 0 rests on."""
+FROZEN = (
+    "model",
+    "sft",
+    "prompts",
+    "campaign.seed",
+    "campaign.run_dir",
+    "pairs.offline",
+    "evaluation.temperature",
+    "evaluation.max_new_tokens",
+    "evaluation.max_prompts",
+)
+"""Settings that round 0, whose evaluation every later one is compared with, rests on."""
 
 PLANNED = ("train.beta", "train.learning_rate", "train.optimizer", "evaluation.every")
 """Settings that a round's plan has written down."""
@@ -54,6 +73,23 @@ def current_config(folder: RunDir) -> Config:
 def is_finished(folder: RunDir, config: Config) -> bool:
     """Whether every round is done."""
     return folder.round(config.campaign.rounds).finished
+
+
+def remedy_for(error: CampaignError | SignalError, folder: RunDir, config: Config) -> str | None:
+    """The command that goes on after an error; plain `resume` would end some in the same way."""
+    resume = resume_command(folder, config)
+    last = folder.rounds()[-1].path if folder.rounds() else folder.path
+    if isinstance(error, ConfigError):
+        return None
+    if isinstance(error, BudgetError):
+        return f"{resume} --set judge.budget=MORE  # or judge.max_calls, whichever was reached"
+    if isinstance(error, NoPairsError):
+        more = config.sampling.n * 2
+        return f"rm -r {last}; {resume} --accept-change --set sampling.n={more}"
+    if isinstance(error, DivergedError):
+        less = config.train.learning_rate / 2
+        return f"rm -r {last}; {resume} --accept-change --set train.learning_rate={less:g}"
+    return resume
 
 
 def resume_command(folder: RunDir, config: Config) -> str:
@@ -111,23 +147,27 @@ def _is_late(round_dir: RoundDir, key: str) -> bool:
     return round_dir.has(first) or bool(round_dir.children(first))
 
 
-def record_change(folder: RunDir, changes: Mapping[str, tuple[Any, Any]]) -> None:
+def record_change(folder: RunDir, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Write a numbered amendment: what changed, from which round on, and the config it makes."""
     number = len(_amendments(folder)) + 1
     first = next((r.number for r in folder.rounds() if not r.finished), None)
-    text = json.dumps({"from_round": first, "changes": dict(changes)}, indent=2) + "\n"
-    folder.write_text(f"amendment-{number:03d}.json", text)
+    facts = {
+        "from_round": first,
+        "changes": {key: list(values) for key, values in changes.items()},
+        "config": config.model_dump(mode="json"),
+    }
+    folder.write_text(f"amendment-{number:03d}.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _amended(folder: RunDir, config: Config) -> Config:
-    """The config with the numbered amendments of earlier resumes, in order."""
-    for file in _amendments(folder):
-        try:
-            changes = json.loads(file.read_text())["changes"]
-        except (ValueError, KeyError) as error:
-            raise CorruptError(f"{file} is not a valid amendment: {error}") from error
-        overrides = [f"{key}={json.dumps(new)}" for key, (_, new) in changes.items()]
-        config = override_config(config, overrides, source=str(file))
-    return config
+    """The config of the last amendment, or as the campaign started."""
+    files = _amendments(folder)
+    if not files:
+        return config
+    try:
+        return Config.model_validate(json.loads(files[-1].read_text())["config"])
+    except (ValueError, KeyError) as error:
+        raise CorruptError(f"{files[-1]} is not a valid amendment: {error}") from error
 
 
 def _amendments(folder: RunDir) -> list[Path]:

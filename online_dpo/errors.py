@@ -12,8 +12,10 @@ CampaignError (exit 1)
 ├── CorruptError (9)
 ├── EngineError (10)
 ├── WaitingError (11)
-├── StoppedError (12)
-└── SignalError (130 or 143)
+└── StoppedError (12)
+
+SignalError (130 or 143) is a BaseException beside the tree, so that no `except Exception` on its
+way takes it for a fault of a file or a model.
 """
 
 from __future__ import annotations
@@ -103,12 +105,16 @@ class StoppedError(CampaignError):
     exit_code = 12
 
 
-class SignalError(CampaignError):
+class SignalError(BaseException):
     """SIGINT or SIGTERM arrived; `exit_code` is 130 or 143."""
 
+    safe: str | None = None
+
     def __init__(self, message: str, *, exit_code: int, remedy: str | None = None) -> None:
-        super().__init__(message, remedy=remedy)
+        super().__init__(message)
+        self.message = message
         self.exit_code = exit_code
+        self.remedy = remedy
 
 
 BY_NAME: dict[str, type[CampaignError]] = {

@@ -73,6 +73,8 @@ class Labeller:
         self._prepare()
         try:
             _refuse_clashes(judge_config, self.kind)
+            if not isinstance(self._asker, LoopAsker):
+                _refuse_paid_options(judge_config)
         except ConfigError:
             self.close()
             raise
@@ -257,6 +259,17 @@ def _refuse_clashes(config: JudgeConfig, kind: Kind) -> None:
             raise ConfigError(
                 f"judge.{field}: {value} is for judges that compare; {config.name!r} scores each "
                 f"response by itself. Leave judge.{field} out."
+            )
+
+
+def _refuse_paid_options(config: JudgeConfig) -> None:
+    """Raise ConfigError for settings of paid calls where the judge can make none."""
+    defaults = type(config).model_fields
+    for field in ("concurrency", "retries"):
+        if getattr(config, field) != defaults[field].default:
+            raise ConfigError(
+                f"judge.{field} is for judges that call an API; {config.name!r} makes no calls. "
+                f"Leave judge.{field} out."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +15,8 @@ from online_dpo.errors import LockedError
 
 LOCK = "lock"
 WORKERS_LOCK = "workers.lock"
+PATIENCE_S = 1.0
+"""How long a start tries for the lock, which `holder` takes for an instant."""
 
 
 class RunLock:
@@ -28,8 +31,13 @@ class RunLock:
             raise
 
     def _acquire(self, run: Path, workers_timeout_s: float) -> None:
-        if not _try_lock(self._file, fcntl.LOCK_EX):
-            raise LockedError(f"{run} is in use{_holder(run)}.", remedy=f"online-dpo status {run}")
+        deadline = time.monotonic() + PATIENCE_S
+        while not _try_lock(self._file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise LockedError(
+                    f"{run} is in use{_holder(run)}.", remedy=f"online-dpo status {run}"
+                )
+            time.sleep(0.02)
         _await_workers(run, workers_timeout_s)
         self._file.truncate(0)
         self._file.write(
@@ -68,15 +76,27 @@ def _await_workers(run: Path, timeout_s: float) -> None:
     with _open(run / WORKERS_LOCK) as file:
         while not _try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
+                pids = _open_in(run / WORKERS_LOCK)
+                named = f" (process {', '.join(map(str, pids))})" if pids else ""
                 raise LockedError(
-                    f"{run}: worker processes of an earlier start are still running after "
-                    f"{timeout_s:.0f} s. End them and start again."
+                    f"{run}: workers of an earlier start are still running after "
+                    f"{timeout_s:.0f} s{named}. End them and start again."
                 )
             time.sleep(0.05)
 
 
 def _open(path: Path) -> IO[str]:
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
+
+
+def _open_in(path: Path) -> list[int]:
+    """The other processes of this machine that have a file open, as far as /proc shows them."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(entry, path):
+                found.add(int(entry.parts[2]))
+    return sorted(found - {os.getpid()})
 
 
 def _try_lock(file: IO[str], kind: int) -> bool:

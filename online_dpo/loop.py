@@ -16,7 +16,7 @@ from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
 from online_dpo.retention import KeptRound, deletable
 from online_dpo.schedule import PastRound, PromptPool, plan_round
-from online_dpo.stages.context import Context, PromptTable
+from online_dpo.stages.context import Context, PromptTable, busy_seconds, covered_seconds
 from online_dpo.stages.evaluate import evaluate
 from online_dpo.stages.label import Labelling
 from online_dpo.stages.origin import make_origin
@@ -70,8 +70,8 @@ class Loop:
         began = time.monotonic()
         context = work()
         wall = time.monotonic() - began
-        busy = {stage: round(seconds, 4) for stage, seconds in context.busy_s.items()}
-        fixed = round(wall - sum(busy.values()), 4)
+        busy = {stage: round(s, 4) for stage, s in busy_seconds(context.work).items()}
+        fixed = round(wall - covered_seconds(context.work), 4)
         times = {"wall_s": round(wall, 4), "busy_s": busy, "fixed_s": fixed}
         self._folder.event("round ended", round=number, **times)
         append_metrics(self._folder, self._folder.round(number))
@@ -127,6 +127,8 @@ class Loop:
     def _labeller(self, evaluation: bool, number: int) -> Labeller:
         """The judge of labelling or of evaluation, set to a round; one serves both where equal."""
         config = self._config.eval_judge if evaluation else self._config.judge
+        shared = {"budget": self._config.judge.budget, "max_calls": self._config.judge.max_calls}
+        config = config.model_copy(update=shared)
         for known, labeller in self._judges:
             if known == config:
                 labeller.round = number

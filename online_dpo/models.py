@@ -12,7 +12,7 @@ import torch
 from online_dpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -27,10 +27,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
 )
-"""What a tokenizer consists of, as patterns of file names."""
+"""What a tokenizer consists of beside its templates, as patterns of file names."""
+
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*")
 
 
 def load_model(
@@ -182,12 +182,20 @@ def save_model(model: PreTrainedModel, out: Path, *, dtype: Dtype) -> None:
         parameter.data = parameter.data.to(master)
 
 
-def copy_tokenizer(source: Path, out: Path, *, trust_remote_code: bool = False) -> None:
+def copy_tokenizer(
+    source: Path, out: Path, *, chat_template: Path | None = None, trust_remote_code: bool = False
+) -> None:
     """Copy the tokenizer's files unchanged: saving it anew would change its config file.
 
-    A model's own Python files go along where they are trusted; the model needs them.
+    The file `chat_template` takes the place of its own templates. A model's own Python files go
+    along where they are trusted; the model needs them.
     """
     patterns = (*TOKENIZER_FILES, "*.py") if trust_remote_code else TOKENIZER_FILES
+    if chat_template is None:
+        patterns = (*patterns, *TEMPLATE_FILES)
+    else:
+        template = read_chat_template(chat_template)
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         if path.is_file():
             target = out / path.relative_to(source)
@@ -223,7 +231,27 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 def max_length(model: PreTrainedModel) -> int | None:
     """Longest sequence in tokens that the model's config allows; None where it states none."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _max_length(model.config)
+
+
+def folder_max_length(folder: Path, *, trust_remote_code: bool = False) -> int | None:
+    """`max_length` of the model in a folder, from its config file alone.
+
+    Raises ConfigError naming the folder and the cause.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise _not_loaded("model", folder, error) from error
+    return _max_length(config)
+
+
+def _max_length(config: PreTrainedConfig) -> int | None:
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 

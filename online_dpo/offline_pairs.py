@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def read_offline_pairs(
-    tokenizer: PreTrainedTokenizerBase, path: str, *, append_eos: bool, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    *,
+    append_eos: bool,
+    max_tokens: int,
+    held_out: Collection[tuple[int, ...]] = (),
 ) -> tuple[list[Preference], list[Prompt], list[dict[str, Any]]]:
     """The usable pairs of a file or dataset, their prompts, and every other row's problem.
 
-    A problem is {line, reason, excerpt}.
+    A problem is {line, reason, excerpt}. `held_out` has the evaluation prompts' token ids; their
+    pairs are not usable.
 
     Responses are strings, or conversations whose last message is the assistant's. Margins and p are
     those of a certain preference: 0.5 and 1. Raises ConfigError where no row is usable.
@@ -35,6 +41,8 @@ def read_offline_pairs(
             if row.values is None:
                 raise _Unusable(row.problem)
             prompt = _prompt(tokenizer, row.values, Path(path).stem, max_tokens)
+            if prompt.token_ids in held_out:
+                raise _Unusable("also an evaluation prompt")
             preference = _preference(tokenizer, row.values, prompt, append_eos)
             if preference.pair_id in seen:
                 raise _Unusable("duplicate")
@@ -90,7 +98,7 @@ def _prompt(
     if reason:
         raise _Unusable(reason)
     content = text if text is not None else messages
-    prompt = Prompt(prompt_id(source, content), source, text, messages)
+    prompt = Prompt(prompt_id(f"offline:{source}", content), source, text, messages)
     ids = tokenize_prompt(tokenizer, prompt)
     if len(ids) > max_tokens:
         raise _Unusable(f"{len(ids)} tokens, more than prompts.max_tokens {max_tokens}")

@@ -189,6 +189,8 @@ class RoundPlan:
     reference_round: int
     beta: float
     learning_rate: float
+    rounds: int
+    """Rounds that a carried optimizer's schedule spans."""
     optimizer: ModelRef | None
     """The optimizer state carried over from the previous round, if any."""
     optimizer_step: int

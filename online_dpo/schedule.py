@@ -58,6 +58,7 @@ def plan_round(config: Config, history: Sequence[PastRound], pool: PromptPool) -
         reference_round=reference.round,
         beta=config.train.beta,
         learning_rate=config.train.learning_rate,
+        rounds=config.campaign.rounds,
         optimizer=last.optimizer if carry else None,
         optimizer_step=last.optimizer_step if carry else 0,
         evaluate=is_evaluated(config, number),

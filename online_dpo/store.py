@@ -45,6 +45,7 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        self._verified: set[str] = set()
 
     @property
     def exists(self) -> bool:
@@ -76,6 +77,21 @@ class RunDir:
         absolute = path.absolute()
         inside = absolute.is_relative_to(self.path)
         return absolute.relative_to(self.path).as_posix() if inside else str(absolute)
+
+    def verify_model(self, model: ModelRef) -> None:
+        """Compare a model of this run with its recorded hash, the first time it is used here.
+
+        Models from elsewhere are compared with their pin when the campaign starts. Raises
+        CorruptError.
+        """
+        parts = Path(model.path).parts
+        if parts[0] != "rounds" or model.sha256 in self._verified:
+            return
+        origin = self.round(int(parts[1]))
+        origin.verify("/".join(parts[2:]))
+        if origin.manifest("/".join(parts[2:]))["sha256"] != model.sha256:
+            raise CorruptError(f"{self.path / model.path} is not the model that was recorded.")
+        self._verified.add(model.sha256)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append one line to events.jsonl: what happened, when, with its figures.
@@ -193,6 +209,7 @@ class RoundDir:
             remove_tree(target)
             draft.path.rename(target)
             fsync_path(target.parent)
+        self.run._verified.add(str(manifest["sha256"]))
         return _info(manifest)
 
     def verify(self, name: str) -> Path:
@@ -244,12 +261,6 @@ class RoundDir:
                 target.rename(doomed)
                 target = doomed
             remove_tree(target)
-
-    def logs(self) -> Path:
-        """The folder for logs of child processes."""
-        folder = self.path / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
 
 def _info(manifest: Mapping[str, Any]) -> ArtifactInfo:

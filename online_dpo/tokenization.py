@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.errors import ConfigError
@@ -37,6 +37,24 @@ class Problem:
     line: int
     reason: str
     excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The tokens that a prompt and its response share, and what sets their number."""
+
+    tokens: int
+    set_by: str
+    max_new_tokens: int
+
+    def lacking(self, num_tokens: int) -> str:
+        """Why a prompt of so many tokens cannot be answered; "" where it can."""
+        if num_tokens + self.max_new_tokens <= self.tokens:
+            return ""
+        return (
+            f"{num_tokens} tokens leave no room for sampling.max_new_tokens "
+            f"{self.max_new_tokens} in {self.set_by} {self.tokens}"
+        )
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
@@ -110,19 +128,25 @@ def encode_answer(
 
 
 def prepare_prompts(
-    tokenizer: PreTrainedTokenizerBase, sources: Sequence[Mapping[str, Any]], *, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int,
+    room: Room | None = None,
 ) -> tuple[list[SourcedPrompt], list[Problem]]:
     """Read, check and tokenize prompt sets; what cannot be used is skipped and reported.
 
     A source has `path`, `name`, `split`, `prompt_field`, `answer_field`, `role` (train or eval) and
-    `weight`. Prompts of equal content are kept once, an evaluation prompt before a training prompt.
-    Raises ConfigError for a source that cannot be read or has no usable prompt.
+    `weight`. Prompts of equal tokens are kept once, an evaluation prompt before a training prompt.
+    Raises ConfigError for a source that cannot be read or has no usable prompt, and for two of one
+    role and name.
     """
-    seen: dict[object, str] = {}
+    _check_names(sources)
+    seen: dict[tuple[int, ...], str] = {}
     by_source: dict[int, tuple[list[SourcedPrompt], list[Problem]]] = {}
     eval_first = sorted(range(len(sources)), key=lambda i: sources[i]["role"] != "eval")
     for index in eval_first:
-        by_source[index] = _prepare_source(tokenizer, sources[index], max_tokens, seen)
+        by_source[index] = _prepare_source(tokenizer, sources[index], max_tokens, room, seen)
     ordered = [by_source[index] for index in range(len(sources))]
     return [p for prompts, _ in ordered for p in prompts], [p for _, ps in ordered for p in ps]
 
@@ -149,33 +173,43 @@ def parse_prompt(value: Any) -> tuple[str | None, tuple[Message, ...], str]:
     return None, tuple(messages), ""
 
 
+def _check_names(sources: Sequence[Mapping[str, Any]]) -> None:
+    names: dict[str, list[str]] = {}
+    for source in sources:
+        role, name = source["role"], source["name"]
+        earlier = names.setdefault(role, [])
+        if name in earlier:
+            raise ConfigError(
+                f"prompts.{role}: two sources are both called {name!r}; give one a name "
+                f"(prompts.{role}[{len(earlier)}].name)."
+            )
+        earlier.append(name)
+
+
 def _prepare_source(
     tokenizer: PreTrainedTokenizerBase,
     source: Mapping[str, Any],
     max_tokens: int,
-    seen: dict[object, str],
+    room: Room | None,
+    seen: dict[tuple[int, ...], str],
 ) -> tuple[list[SourcedPrompt], list[Problem]]:
     prompts: list[SourcedPrompt] = []
     problems: list[Problem] = []
     for row in read_rows(source["path"], split=source["split"]):
         prompt, reason = _prompt_of(row, source)
         if prompt is not None:
-            content = prompt.text if prompt.text is not None else prompt.messages
-            if content in seen:
-                both = seen[content] == source["role"]
+            ids = tokenize_prompt(tokenizer, prompt)
+            if ids in seen:
+                both = seen[ids] == source["role"]
                 reason = "duplicate" if both else "also an evaluation prompt"
+            elif len(ids) > max_tokens:
+                reason = f"{len(ids)} tokens, more than prompts.max_tokens {max_tokens}"
+            elif room is not None and (lacking := room.lacking(len(ids))):
+                reason = lacking
             else:
-                ids = tokenize_prompt(tokenizer, prompt)
-                if len(ids) > max_tokens:
-                    reason = f"{len(ids)} tokens, more than prompts.max_tokens {max_tokens}"
-                else:
-                    seen[content] = source["role"]
-                    tokenized = Prompt(
-                        prompt.id, prompt.source, prompt.text, prompt.messages, prompt.metadata, ids
-                    )
-                    prompts.append(
-                        SourcedPrompt(tokenized, source["role"], float(source["weight"]))
-                    )
+                seen[ids] = source["role"]
+                tokenized = replace(prompt, token_ids=ids)
+                prompts.append(SourcedPrompt(tokenized, source["role"], float(source["weight"])))
         if reason:
             problems.append(Problem(source["name"], row.line, reason, _row_excerpt(row, source)))
     if not prompts:

@@ -11,7 +11,29 @@ from online_dpo.config import Config
 from online_dpo.errors import ConfigError
 from online_dpo.plugins import names_code
 
-_CODE_ENGINE_KEYS = ("worker_cls", "worker_extension_cls", "logits_processors", "scheduler_cls")
+_HARMLESS_ENGINE_KEYS = frozenset(
+    (
+        "block_size",
+        "cpu_offload_gb",
+        "data_parallel_size",
+        "dtype",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enable_sleep_mode",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_dtype",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "pipeline_parallel_size",
+        "quantization",
+        "seed",
+        "swap_space",
+        "tensor_parallel_size",
+    )
+)
+"""Engine arguments whose plain values name no code; vLLM imports what some others name."""
 
 
 def code_fields(config: Config) -> Iterator[tuple[str, str]]:
@@ -57,4 +79,5 @@ def trust_flags(config: Config) -> list[str]:
 
 
 def _imports_code(key: str, value: Any) -> bool:
-    return key in _CODE_ENGINE_KEYS or (key == "trust_remote_code" and bool(value))
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return key not in _HARMLESS_ENGINE_KEYS or not plain

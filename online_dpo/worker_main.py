@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -14,12 +15,14 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from online_dpo.errors import CampaignError
 from online_dpo.files import as_disk_error
 from online_dpo.locks import hold_as_worker
 from online_dpo.workers import REMOTE_TIMEOUT_S, RUN_ENV, SOCKET_ENV, TCP, TOKEN_ENV
+
+GUARD_POLL_MS = 200
 
 
 def main() -> None:
@@ -27,6 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lock = hold_as_worker(Path(os.environ[RUN_ENV]))
     connection = _connect(os.environ[SOCKET_ENV])
+    _fork_guard(connection, lock)
     rank = int(os.environ.get("RANK", "0"))
     send = _Sender(connection)
     send({"rank": rank, "token": os.environ.pop(TOKEN_ENV)})
@@ -57,6 +61,25 @@ def _patiently(host: str, port: int) -> socket.socket:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+
+
+def _fork_guard(connection: socket.socket, lock: IO[str]) -> None:
+    """A process that ends the group once the socket has closed or this process has ended.
+
+    `_read` cannot do so while native code holds the interpreter. A parent-death signal would not
+    reach engine cores, and would come where merely the thread that started the worker ends.
+    """
+    guarded = os.getpid()
+    if os.fork() > 0:
+        return
+    try:
+        lock.close()
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        while os.getppid() == guarded and not poll.poll(GUARD_POLL_MS):
+            pass
+    finally:
+        _die()
 
 
 def _serve(messages: queue.Queue[dict[str, Any]], send: _Sender) -> None:

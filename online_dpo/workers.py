@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import os
 import secrets
@@ -31,6 +32,8 @@ TOKEN_ENV = "ONLINE_DPO_TOKEN"
 RUN_ENV = "ONLINE_DPO_RUN"
 START_TIMEOUT_S = 180.0
 REMOTE_TIMEOUT_S = 1800.0
+GREETING_TIMEOUT_S = 5.0
+MAX_GREETING_BYTES = 4096
 
 
 class Worker(Protocol):
@@ -132,21 +135,34 @@ class ChildWorker:
         with server:
             server.listen()
             server.settimeout(0.2)
-            self._process = self._spawn(address, token)
             try:
-                self._ranks = self._accept(server, token)
+                self._process = self._spawn(address, token)
+                self._greet(server, token)
             except BaseException:
                 self.close()
                 raise
+
+    def _greet(self, server: socket.socket, token: str) -> None:
+        """Take every rank's connection and tell it what to be."""
         hello = {"handler": self._handler, "settings": self._settings}
-        for rank in self._ranks:
-            rank.send(hello)
+        try:
+            self._ranks = self._accept(server, token)
+            for rank in self._ranks:
+                rank.send(hello)
+        except (OSError, EOFError, ValueError) as error:
+            raise self._died("start") from error
 
     def _open_socket(self) -> tuple[socket.socket, str]:
         """A bound socket, and the address by which workers are told of it."""
         if self._listen is not None:
             host, _, port = self._listen.rpartition(":")
-            return socket.create_server((host, int(port))), f"{TCP}{self._listen}"
+            try:
+                return socket.create_server((host, int(port))), f"{TCP}{self._listen}"
+            except OSError as error:
+                raise EngineError(
+                    f"The {self.role} cannot be listened for at {self._listen}: {error}. Name an "
+                    "address of this machine and a free port."
+                ) from error
         self._folder = Path(tempfile.mkdtemp(prefix="online-dpo-"))
         address = str(self._folder / "socket")
         server = socket.socket(socket.AF_UNIX)
@@ -177,16 +193,25 @@ class ChildWorker:
                 raise self._died("start")
             try:
                 connection, _ = server.accept()
-            except TimeoutError:
+            except (TimeoutError, ConnectionAbortedError):
                 continue
-            connection.settimeout(START_TIMEOUT_S)
             line = _Line(connection)
-            greeting = line.receive()
-            if greeting.get("token") != token:
+            number = self._greeted(line, token)
+            if number is None or number in ranks:
                 line.close()
-                continue
-            ranks[int(greeting["rank"])] = line
+            else:
+                ranks[number] = line
         return [ranks[rank] for rank in sorted(ranks)]
+
+    def _greeted(self, line: _Line, token: str) -> int | None:
+        """The rank that a new connection greets as; None for a stranger, or one that is gone."""
+        try:
+            greeting = line.receive_greeting()
+            number, given = greeting["rank"], str(greeting["token"])
+            known = hmac.compare_digest(given.encode(), token.encode())
+        except (OSError, EOFError, ValueError, TypeError, LookupError, RecursionError):
+            return None
+        return number if known and number in range(self._num_processes) else None
 
     def _collect(self, on_event: OnEvent) -> Event:
         """Rank 0's result, once every rank has finished; events are passed on as they come."""
@@ -234,9 +259,13 @@ class _Line:
         self.connection.settimeout(None)
         self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> Event:
-        """The next message, waiting for it."""
+    def receive_greeting(self) -> Event:
+        """The first message; OSError, EOFError or ValueError where none comes soon."""
+        deadline = time.monotonic() + GREETING_TIMEOUT_S
         while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_GREETING_BYTES:
+                raise ValueError(f"no greeting in {MAX_GREETING_BYTES} bytes")
+            self.connection.settimeout(max(deadline - time.monotonic(), 0.001))
             self._fill()
         return self._pop()
 

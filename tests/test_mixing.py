@@ -12,6 +12,7 @@ from typing import Any
 from judge_server import JudgeServer, Request, Say
 from tiny import in_child, tiny_config
 
+from online_dpo.stages.context import read_prompts
 from online_dpo.store import RoundDir, RunDir
 from online_dpo.tables import read_table
 
@@ -44,6 +45,34 @@ def test_offline_and_earlier_pairs_make_up_their_shares(tmp_path: Path) -> None:
     new = origins["round-002"]
     assert origins["offline"] == round(new / 2) and 0 < origins["round-001"] <= round(new / 2)
     assert len({row["pair_id"] for row in pairs}) == len(pairs)
+
+
+def test_offline_pairs_leave_evaluation_and_training_prompts_alone(tmp_path: Path) -> None:
+    """The offline set has the campaign's prompts, its file the same name."""
+    offline = tmp_path / "offline" / "prompts.jsonl"
+    config = tiny_config(
+        tmp_path / "run",
+        pairs={"offline": {"path": str(offline), "share": 0.5}},
+        campaign={"rounds": 1},
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [json.loads(line) for line in prompts.read_text().splitlines()]
+    prompts.write_text("\n".join(json.dumps({**line, "level": 7}) for line in lines))
+    offline.parent.mkdir()
+    answers = {"chosen": " red round.", "rejected": " blue."}
+    offline.write_text("\n".join(json.dumps({**line, **answers}) for line in lines))
+    assert in_child(run_it, config) == 0
+    run = RunDir(tmp_path / "run")
+    assert run.round(0).manifest("offline")["rows"] == 16
+    problems = (run.path / "rounds/000/offline/problems.jsonl").read_text().splitlines()
+    assert [json.loads(p)["reason"] for p in problems] == ["also an evaluation prompt"] * 8
+    table = read_prompts(run)
+    held_out = {table.by_id[i].token_ids for i in table.eval["prompts"]}
+    pairs = read_table(run.path / "rounds/001/pairs/pairs.parquet")
+    assert any(row["origin"] == "offline" for row in pairs)
+    assert not held_out & {tuple(row["prompt_token_ids"]) for row in pairs}
+    campaign = [table.by_id[i] for i in (*table.train["prompts"], *table.eval["prompts"])]
+    assert [prompt.metadata for prompt in campaign] == [{"level": 7}] * 24
 
 
 def test_given_answers_join_the_candidates(tmp_path: Path) -> None:

@@ -205,3 +205,22 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path, tiny_llama:
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {path.name for path in (tmp_path / "trusted").iterdir()} == {*names, "modeling_own.py"}
+
+
+def test_a_template_of_the_config_replaces_every_one_of_the_tokenizer(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_llama, source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    settings_file = source / "tokenizer_config.json"
+    within = json.loads(settings_file.read_text()) | {"chat_template": "within the config"}
+    settings_file.write_text(json.dumps(within))
+    given = tmp_path / "given.jinja"
+    given.write_text("{% for m in messages %}[{{ m.content }}]\n{% endfor %}\n")
+    (tmp_path / "saved").mkdir()
+    copy_tokenizer(source, tmp_path / "saved", chat_template=given)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert tokenizer.chat_template == given.read_text()
+    assert settings_file.read_bytes() == (tmp_path / "saved/tokenizer_config.json").read_bytes()

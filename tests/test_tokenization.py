@@ -19,6 +19,7 @@ from online_dpo.errors import ConfigError
 from online_dpo.models import load_tokenizer, train_tokenizer
 from online_dpo.records import Message, Prompt, prompt_id
 from online_dpo.tokenization import (
+    Room,
     decode_response,
     encode_answer,
     prepare_prompts,
@@ -234,6 +235,42 @@ def test_evaluation_prompts_are_never_trained_on(
     ]
 
 
+def test_an_evaluation_prompt_is_known_by_its_tokens(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    held = write(tmp_path / "eval.jsonl", {"prompt": [{"role": "user", "content": "b"}]})
+    train = write(tmp_path / "train.jsonl", {"prompt": "<user>b<assistant>"}, {"prompt": "b"})
+    prompts, problems = prepare_prompts(
+        tokenizer, [source(train), source(held, role="eval")], max_tokens=50
+    )
+    assert [(s.prompt.text, s.role) for s in prompts] == [("b", "train"), (None, "eval")]
+    assert [(p.line, p.reason) for p in problems] == [(1, "also an evaluation prompt")]
+
+
+def test_prompts_that_leave_no_room_for_an_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "x" * 12}, {"prompt": "x" * 13})
+    prompts, problems = prepare_prompts(
+        tokenizer, [source(path)], max_tokens=20, room=Room(20, "the model's", 8)
+    )
+    assert [len(s.prompt.token_ids) for s in prompts] == [12]
+    reason = "13 tokens leave no room for sampling.max_new_tokens 8 in the model's 20"
+    assert [(p.line, p.reason) for p in problems] == [(2, reason)]
+
+
+def test_two_sources_of_a_role_need_two_names(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first = write(tmp_path / "a.jsonl", {"prompt": "a"})
+    other = write(tmp_path / "b.jsonl", {"prompt": "b"})
+    said = r"two sources are both called 'set'; give one a name \(prompts.train\[1\].name\)"
+    with pytest.raises(ConfigError, match=said):
+        prepare_prompts(tokenizer, [source(first), source(other)], max_tokens=20)
+    roles = [source(first, role="eval"), source(other)]
+    assert len(prepare_prompts(tokenizer, roles, max_tokens=20)[0]) == 2
+
+
 def test_answers_of_the_prompt_set(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write(
         tmp_path / "a.jsonl", {"q": "x", "gold": "y", "k": 1}, {"q": "z", "gold": 5}, {"q": "w"}
@@ -282,6 +319,8 @@ def test_prompt_tables(tmp_path: Path, tiny_llama: Path) -> None:
         model=str(tiny_llama),
         sources=[source(path)],
         max_tokens=50,
+        max_new_tokens=8,
+        max_model_len=None,
         out=str(tmp_path / "out"),
     )
     assert result == {"train": 2, "eval": 0, "problems": 1}
@@ -300,3 +339,25 @@ def test_prompt_tables(tmp_path: Path, tiny_llama: Path) -> None:
     assert json.loads(rows[0]["metadata"]) == {"gold": "ä"}
     problem = json.loads((tmp_path / "out" / "problems.jsonl").read_text())
     assert (problem["source"], problem["line"], problem["excerpt"]) == ("set", 3, "{")
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "limit"), [(None, "the model's {}"), (64, "sampling.engine.max_model_len 64")]
+)
+def test_the_shorter_context_bounds_prompts(
+    tmp_path: Path, tiny_llama: Path, max_model_len: int | None, limit: str
+) -> None:
+    length = json.loads((tiny_llama / "config.json").read_text())["max_position_embeddings"]
+    path = write(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": "a b " * length})
+    Trainer(settings()).tokenize_prompts(
+        emit=lambda event: None,
+        model=str(tiny_llama),
+        sources=[source(path)],
+        max_tokens=10 * length,
+        max_new_tokens=8,
+        max_model_len=max_model_len,
+        out=str(tmp_path / "out"),
+    )
+    problem = json.loads((tmp_path / "out" / "problems.jsonl").read_text())
+    assert problem["line"] == 2
+    assert problem["reason"].endswith(f"max_new_tokens 8 in {limit.format(length)}")

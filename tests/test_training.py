@@ -22,7 +22,7 @@ import trainer_calls
 from safetensors import safe_open
 from safetensors.torch import load_file
 from trainer_calls import settings
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from online_dpo.config import SftConfig
 from online_dpo.errors import ConfigError, CorruptError, DivergedError, DriftError, NoPairsError
@@ -247,6 +247,18 @@ def test_policy_folder_is_a_plain_one(folder: Path, tiny_qwen2: Path) -> None:
     }
     generation = json.loads((policy / "generation_config.json").read_text())
     assert set(generation) <= {"eos_token_id", "pad_token_id", "transformers_version"}
+
+
+def test_the_policy_takes_the_template_it_was_trained_with(
+    folder: Path, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}own: {{ m.content }}{% endfor %}")
+    given = settings()
+    given["model"]["chat_template"] = str(template)
+    Trainer(given).dpo(emit=ignore, **dpo_arguments(folder, tiny_qwen2))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    assert tokenizer.chat_template == template.read_text()
 
 
 def test_adopted_weights_are_those_of_the_file(folder: Path, tiny_llama: Path) -> None:

@@ -224,7 +224,7 @@ def make_engine(
     """The sampler that the settings name. Raises ConfigError for options that it does not have."""
     model, sampling = ModelConfig(**settings["model"]), SamplingConfig(**settings["sampling"])
     kind, device, threads = settings["sampler"], settings["device"], settings["threads"]
-    _refuse_unused(kind, sampling)
+    refuse_unused(kind, sampling)
     if kind == "vllm":
         from online_dpo.samplers.vllm import VllmSampler
 
@@ -260,7 +260,7 @@ def make_engine(
     )
 
 
-def _refuse_unused(kind: str, sampling: SamplingConfig) -> None:
+def refuse_unused(kind: str, sampling: SamplingConfig) -> None:
     """Raise ConfigError for options that only another sampler reads, or that this one refuses."""
     given = {
         "engine": ("vllm", bool(sampling.engine)),

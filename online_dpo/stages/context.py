@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,32 @@ if TYPE_CHECKING:
 
 STAGES = ("sample", "label", "pair", "train", "evaluate", "promote")
 """The stages of every round after round 0, in order."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stretch of a stage's real work, in seconds of the monotonic clock."""
+
+    stage: str
+    start: float
+    end: float
+
+
+def busy_seconds(work: Sequence[Work]) -> dict[str, float]:
+    """Seconds of work by stage; overlapping stages both count."""
+    seconds: dict[str, float] = {}
+    for item in work:
+        seconds[item.stage] = seconds.get(item.stage, 0.0) + item.end - item.start
+    return seconds
+
+
+def covered_seconds(work: Sequence[Work]) -> float:
+    """Seconds in which any stage worked: overlaps count once."""
+    covered, reached = 0.0, float("-inf")
+    for item in sorted(work, key=lambda w: w.start):
+        covered += max(0.0, item.end - max(item.start, reached))
+        reached = max(reached, item.end)
+    return covered
 
 
 @dataclass
@@ -48,10 +73,9 @@ class Context:
     make_labeller: Callable[[bool], Labeller]
     """Gives the training judge (False) or the evaluation judge (True); both live on."""
     plan: RoundPlan | None = None
-    busy_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of real work by stage in this process, for the round's fixed cost."""
+    work: list[Work] = field(default_factory=list)
+    """What was done when, for the round's fixed cost; stages may overlap."""
     prompts: PromptTable | None = None
-    interrupted: threading.Event = field(default_factory=threading.Event)
 
     @property
     def inputs(self) -> RoundPlan:
@@ -64,7 +88,8 @@ class Context:
         return model_folder(self.run, model)
 
     def model_params(self, model: ModelRef) -> dict[str, str]:
-        """A model as workers are told of it."""
+        """A model as workers are told of it, after its files held their hashes."""
+        self.run.verify_model(model)
         return {"path": str(self.folder(model)), "sha256": model.sha256}
 
     @contextmanager
@@ -74,7 +99,7 @@ class Context:
         try:
             yield
         finally:
-            self.busy_s[stage] = self.busy_s.get(stage, 0.0) + time.monotonic() - start
+            self.work.append(Work(stage, start, time.monotonic()))
 
     def load_prompts(self) -> PromptTable:
         """The prompts as round 0 committed them, read once."""
@@ -92,7 +117,7 @@ def read_prompts(run: RunDir) -> PromptTable:
     table = PromptTable({}, {}, {}, {}, str(origin.manifest("prompts")["sha256"]))
     for row in rows:
         prompt = prompt_from_row(row)
-        table.by_id[prompt.id] = prompt
+        table.by_id.setdefault(prompt.id, prompt)
         if row["role"] == "train":
             table.train.setdefault(prompt.source, []).append(prompt.id)
             table.weights[prompt.source] = row["weight"]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from online_dpo.files import sha256_text
 from online_dpo.metrics import Rate, distinct_n, estimate, kl, wilson, win
-from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
+from online_dpo.records import (
+    Comparison,
+    ModelRef,
+    Prompt,
+    Response,
+    SamplingParams,
+    Score,
+    derive_seed,
+    to_dict,
+)
 from online_dpo.stages.context import Context
 from online_dpo.stages.origin import policy_zero
 from online_dpo.stages.sample import load_policy
 from online_dpo.tables import read_table, response_from_answer, responses_by_prompt, write_table
 
 Row = dict[str, Any]
+Answers = Sequence[tuple[Prompt, Response]]
+"""Held-out prompts, each with a policy's answer."""
 
 
 def evaluate(context: Context) -> None:
@@ -34,6 +46,7 @@ def evaluate(context: Context) -> None:
         write_table(draft.path / "answers.parquet", "answers", rows)
         (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         draft.rows = len(rows)
+        draft.facts = {"judge": _judge_facts(context)}
 
 
 def _prompts(context: Context) -> list[Prompt]:
@@ -77,44 +90,80 @@ def _answer(
     return [(prompt, responses[prompt.id][0]) for prompt in prompts]
 
 
-def _judge(context: Context, answers: Sequence[tuple[Prompt, Response]]) -> list[Row]:
+def _judge(context: Context, answers: Answers) -> list[Row]:
     """A row an answer: its score, or its win against the answers of earlier policies."""
-    labeller = context.make_labeller(True)
     rows = [_row(prompt, response) for prompt, response in answers]
-    previous, policy0 = _earlier(context)
-    purpose = f"evaluation-{context.round.number:03d}"
-    if labeller.kind == "score":
-        labels = labeller.label([(p, [r]) for p, r in answers], purpose=purpose)
-        for row, label in zip(rows, labels, strict=True):
-            assert label.scores is not None
-            row |= {"score": label.scores[0].value, "reason": label.scores[0].reason}
-            row["p_policy0"] = _win(row, policy0)
-            row["p_previous"] = _win(row, previous)
-        return rows
-    for field, opponents in (("p_policy0", policy0), ("p_previous", previous)):
-        met = [
-            (p, r, response_from_answer(opponents[p.id])) for p, r in answers if p.id in opponents
-        ]
-        if field == "p_previous" and opponents == policy0:
-            for row in rows:
-                row[field] = row["p_policy0"]
-            continue
-        verdicts = labeller.compare_pairs(met, purpose=purpose) if met else []
-        by_prompt = {verdict.prompt_id: verdict for verdict in verdicts}
+    numbers = [n for n in range(context.round.number) if context.run.round(n).has("evaluation")]
+    opponents = {"p_policy0": 0, "p_previous": numbers[-1]} if numbers else {}
+    if context.make_labeller(True).kind == "score":
+        return _scored(context, answers, rows, opponents)
+    return _compared(context, answers, rows, opponents)
+
+
+def _scored(
+    context: Context, answers: Answers, rows: list[Row], opponents: Mapping[str, int]
+) -> list[Row]:
+    for row, score in zip(rows, _scores(context, answers), strict=True):
+        row |= {"score": score.value, "reason": score.reason}
+    for field, number in opponents.items():
+        others = _scored_answers(context, number)
         for row in rows:
-            verdict = by_prompt.get(row["prompt_id"])
-            row[field] = None if verdict is None else verdict.p
-            row["reason"] = row["reason"] or (None if verdict is None else verdict.reason)
+            row[field] = _win(row, others)
     return rows
 
 
-def _earlier(context: Context) -> tuple[dict[str, Row], dict[str, Row]]:
-    """The answers of the last policy evaluated before this round, and of policy 0, by prompt."""
-    number = context.round.number
-    evaluated = [n for n in range(number) if context.run.round(n).has("evaluation")]
-    if not evaluated:
-        return {}, {}
-    return _answers(context, evaluated[-1]), _answers(context, 0)
+def _compared(
+    context: Context, answers: Answers, rows: list[Row], opponents: Mapping[str, int]
+) -> list[Row]:
+    by_opponent: dict[int, dict[str, Comparison]] = {}
+    for number in sorted(set(opponents.values())):
+        others = _answers(context, number)
+        met = [(p, r, response_from_answer(others[p.id])) for p, r in answers if p.id in others]
+        verdicts = context.make_labeller(True).compare_pairs(met, purpose=_purpose(context))
+        by_opponent[number] = {verdict.prompt_id: verdict for verdict in verdicts}
+    for field, number in opponents.items():
+        for row in rows:
+            verdict = by_opponent[number].get(row["prompt_id"])
+            if verdict is not None:
+                row[field] = verdict.p
+                row["reason"] = row["reason"] or verdict.reason
+    return rows
+
+
+def _scores(context: Context, answers: Answers) -> list[Score]:
+    labels = context.make_labeller(True).label(
+        [(prompt, [response]) for prompt, response in answers], purpose=_purpose(context)
+    )
+    return [label.scores[0] for label in labels if label.scores is not None]
+
+
+def _scored_answers(context: Context, number: int) -> dict[str, Row]:
+    """An earlier evaluation's answers with their scores by the judge of today.
+
+    Where that was another judge, or had other options, the stored answers are scored again: two
+    judges' scores do not compare.
+    """
+    rows = _answers(context, number)
+    if context.run.round(number).manifest("evaluation").get("judge") == _judge_facts(context):
+        return rows
+    prompts = context.load_prompts().by_id
+    answers = [(prompts[i], response_from_answer(row)) for i, row in rows.items()]
+    scores = _scores(context, answers)
+    return {
+        row["prompt_id"]: {**row, "score": score.value}
+        for row, score in zip(rows.values(), scores, strict=True)
+    }
+
+
+def _judge_facts(context: Context) -> dict[str, Any]:
+    """What scores depend on: the judge, its version, its options."""
+    options = json.dumps(context.config.eval_judge.options, sort_keys=True)
+    identity = context.make_labeller(True).identity
+    return {**identity, "options_sha256": sha256_text(options)}
+
+
+def _purpose(context: Context) -> str:
+    return f"evaluation-{context.round.number:03d}"
 
 
 def _answers(context: Context, number: int) -> dict[str, Row]:
@@ -148,7 +197,7 @@ def _row(prompt: Prompt, response: Response) -> Row:
 def _metrics(
     context: Context,
     policy: ModelRef,
-    answers: Sequence[tuple[Prompt, Response]],
+    answers: Answers,
     rows: Sequence[Row],
 ) -> dict[str, Any]:
     scores = [row["score"] for row in rows if row["score"] is not None]
@@ -195,9 +244,7 @@ def _by_source(rows: Sequence[Row]) -> dict[str, Any]:
     return result
 
 
-def _drift(
-    context: Context, policy: ModelRef, answers: Sequence[tuple[Prompt, Response]]
-) -> dict[str, Any]:
+def _drift(context: Context, policy: ModelRef, answers: Answers) -> dict[str, Any]:
     """KL to the round's reference and to policy 0, on samples of the policy at temperature 1."""
     if context.plan is None:
         return {"kl_reference": None, "kl_policy0": None}
@@ -217,9 +264,7 @@ def _drift(
     return drift
 
 
-def _score(
-    context: Context, model: ModelRef, answers: Sequence[tuple[Prompt, Response]]
-) -> list[list[float]]:
+def _score(context: Context, model: ModelRef, answers: Answers) -> list[list[float]]:
     result = context.crew.trainer().call(
         "score",
         model=context.model_params(model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, responses_by_prompt, write_table
 
 if TYPE_CHECKING:
-    from online_dpo.judging import Labels
+    from online_dpo.judging import Labeller, Labels
 
 Row = dict[str, Any]
+
+CANCEL_TIMEOUT_S = 10.0
+"""How long labelling that was cancelled may take to end; a judge that blocks is killed later."""
 
 
 class Labelling:
@@ -28,9 +32,11 @@ class Labelling:
         self._total = total
         self._shards: queue.Queue[str | None] = queue.Queue()
         self._failure: BaseException | None = None
+        self._labeller: Labeller
         self._thread = threading.Thread(target=self._run, name="label", daemon=True)
 
     def __enter__(self) -> Labelling:
+        self._labeller = self._context.make_labeller(False)
         self._thread.start()
         return self
 
@@ -40,13 +46,17 @@ class Labelling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._context.make_labeller(False).cancel()
         self._shards.put(None)
-        while self._thread.is_alive():
-            self._thread.join(timeout=0.2)
-        if error is None:
-            self.check()
+        if error is not None:
+            self._cancel()
+            return
+        try:
+            while self._thread.is_alive():
+                self._thread.join(timeout=0.2)
+        except BaseException:
+            self._cancel()
+            raise
+        self.check()
 
     def submit(self, shard: str) -> None:
         """Queue a committed shard. Raises what made an earlier one fail."""
@@ -56,6 +66,18 @@ class Labelling:
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _cancel(self) -> None:
+        """End labelling before the run directory is let go, even where a signal comes meanwhile."""
+        deadline = time.monotonic() + CANCEL_TIMEOUT_S
+        try:
+            self._labeller.cancel()
+        finally:
+            try:
+                self._thread.join(timeout=CANCEL_TIMEOUT_S)
+            except BaseException:
+                self._thread.join(timeout=max(deadline - time.monotonic(), 0.0))
+                raise
 
     def _run(self) -> None:
         try:

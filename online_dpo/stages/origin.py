@@ -14,7 +14,7 @@ from online_dpo.pinning import pin_model
 from online_dpo.records import ModelRef, derive_seed
 from online_dpo.resources import find_data
 from online_dpo.stages.canary import write_canary
-from online_dpo.stages.context import Context
+from online_dpo.stages.context import Context, read_prompts
 from online_dpo.stages.train import checkpoint_listener, commit_training, latest_checkpoint
 from online_dpo.store import RoundDir
 from online_dpo.tables import read_table, write_table
@@ -26,6 +26,7 @@ def make_origin(context: Context) -> None:
         _commit_model(context)
     if not context.round.has("prompts"):
         _commit_prompts(context)
+    _check_pool(context)
     if context.config.pairs.offline is not None and not context.round.has("offline"):
         _commit_offline(context)
     if context.config.sft is not None and not context.round.has("policy"):
@@ -80,6 +81,8 @@ def _commit_prompts(context: Context) -> None:
                 *(_source(source, "eval") for source in config.eval),
             ],
             max_tokens=config.max_tokens,
+            max_new_tokens=context.config.sampling.max_new_tokens,
+            max_model_len=_max_model_len(context),
             out=str(draft.path),
         )
         table = draft.path / "prompts.parquet"
@@ -88,6 +91,23 @@ def _commit_prompts(context: Context) -> None:
         draft.rows = len(rows)
         problems = (draft.path / "problems.jsonl").read_text().splitlines()
     _report_problems(context, problems)
+
+
+def _max_model_len(context: Context) -> int | None:
+    """The engine's longest sequence where the config sets one; "auto" and -1 leave it open."""
+    length = context.config.sampling.engine.get("max_model_len")
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _check_pool(context: Context) -> None:
+    """Before anything is trained: a round must find its prompts."""
+    size = sum(len(ids) for ids in read_prompts(context.run).train.values())
+    wanted = context.config.campaign.prompts_per_round
+    if wanted > size:
+        raise ConfigError(
+            f"campaign.prompts_per_round is {wanted}, but only {size} training prompts are "
+            f"usable (see {context.round.path / 'prompts' / 'problems.jsonl'})."
+        )
 
 
 def _source(source: PromptSource, role: str) -> dict[str, Any]:
@@ -125,16 +145,21 @@ def _commit_offline(context: Context) -> None:
     offline = context.config.pairs.offline
     assert offline is not None
     model = _given(context.round)
-    with context.round.commit("offline", inputs={"model": model.sha256}) as draft:
+    prompts = context.round.verify("prompts")
+    inputs = {"model": model.sha256, "prompts": context.round.manifest("prompts")["sha256"]}
+    with context.round.commit("offline", inputs=inputs) as draft:
         result = context.crew.trainer().call(
             "tokenize_pairs",
             model=str(context.folder(model)),
             source=_table(offline.path),
             append_eos=offline.append_eos,
             max_tokens=context.config.prompts.max_tokens,
+            prompts_table=str(prompts / "prompts.parquet"),
             out=str(draft.path),
         )
         draft.rows = result["rows"]
+    # A table read before lacks the offline prompts.
+    context.prompts = None
 
 
 def _commit_sft(context: Context) -> None:

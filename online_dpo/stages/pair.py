@@ -41,6 +41,7 @@ def pair(context: Context) -> None:
         raise NoPairsError(_why_none(pairing, num_responses))
     preferences = _mixed(context, pairing.preferences)
     check(preferences)
+    _check_held_out(context, preferences)
     with context.round.commit("pairs", inputs=inputs) as draft:
         write_table(draft.path / "pairs.parquet", "pairs", [to_dict(p) for p in preferences])
         metrics = _metrics(pairing, preferences, judged)
@@ -102,6 +103,15 @@ def _mixed(context: Context, new: Sequence[Preference]) -> tuple[Preference, ...
         offline_share=config.offline.share if config.offline else 0.0,
         seed=context.inputs.seed,
     )
+
+
+def _check_held_out(context: Context, preferences: Sequence[Preference]) -> None:
+    table = context.load_prompts()
+    held_out = {table.by_id[i].token_ids for ids in table.eval.values() for i in ids}
+    for preference in preferences:
+        assert preference.prompt_token_ids not in held_out, (
+            f"pair {preference.pair_id} would train on an evaluation prompt"
+        )
 
 
 def _metrics(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.answers import buy_answers
+from online_dpo.calls import Limits
 from online_dpo.ledger import LEDGER
 from online_dpo.records import ModelRef, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
@@ -24,10 +25,8 @@ def sample(context: Context) -> Iterator[str]:
     with context.progress.stage("sample", total=total, unit="prompts") as bar:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
-                with context.working("sample"):
-                    _sample_shard(
-                        context, name, prompt_ids, _listener(bar, done, context.config.sampling.n)
-                    )
+                listener = _listener(bar, done, context.config.sampling.n)
+                _sample_shard(context, name, prompt_ids, listener)
             done += len(prompt_ids)
             bar.set(done)
             yield name
@@ -80,17 +79,18 @@ def _sample_shard(
     loaded = load_policy(context, plan.policy)
     inputs = {"policy": plan.policy.sha256, "prompts": plan.prompts_sha256}
     with context.round.commit(name, inputs=inputs) as draft:
-        result = context.crew.sampler().call(
-            "generate",
-            on_event=on_event,
-            prompts=[{"id": i, "token_ids": list(table[i].token_ids)} for i in prompt_ids],
-            seeds={
-                i: [derive_seed(plan.seed, "sample", i, k) for k in range(params.n)]
-                for i in prompt_ids
-            },
-            params=to_dict(params),
-            out=str(draft.path / "samples.parquet"),
-        )
+        with context.working("sample"):
+            result = context.crew.sampler().call(
+                "generate",
+                on_event=on_event,
+                prompts=[{"id": i, "token_ids": list(table[i].token_ids)} for i in prompt_ids],
+                seeds={
+                    i: [derive_seed(plan.seed, "sample", i, k) for k in range(params.n)]
+                    for i in prompt_ids
+                },
+                params=to_dict(params),
+                out=str(draft.path / "samples.parquet"),
+            )
         others = _other_answers(context, prompt_ids)
         if others:
             _add(draft.path / "samples.parquet", others, prompt_ids)
@@ -121,6 +121,7 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
             also,
             max_tokens=context.config.sampling.max_new_tokens,
             temperature=context.config.sampling.temperature,
+            limits=Limits(context.config.judge.budget, context.config.judge.max_calls),
             ledger_path=context.run.path / LEDGER,
             seed=context.config.campaign.seed,
             round_number=context.round.number,

@@ -21,8 +21,7 @@ def train(context: Context) -> None:
     for checkpoint in context.round.children("checkpoints"):
         context.round.remove(checkpoint)
     context.round.remove("checkpoints")
-    with context.working("train"):
-        write_canary(context, context.round.ref("policy"))
+    write_canary(context, context.round.ref("policy"))
 
 
 def latest_checkpoint(context: Context) -> str | None:
@@ -81,7 +80,7 @@ def _score_reference(context: Context) -> None:
             pairs=str(pairs / "pairs.parquet"),
             out=str(draft.path / "logps.parquet"),
         )
-        draft.rows = result.get("rows")
+        draft.rows = result["pairs"]
 
 
 def _train_policy(context: Context) -> None:
@@ -112,7 +111,7 @@ def _train_policy(context: Context) -> None:
                 "learning_rate": plan.learning_rate,
                 "seed": plan.seed,
                 "round": plan.round,
-                "rounds": config.campaign.rounds,
+                "rounds": plan.rounds,
                 "optimizer_step": plan.optimizer_step,
             },
             optimizer=_optimizer_folder(context, plan.optimizer),

@@ -15,8 +15,8 @@ from online_dpo import models
 from online_dpo.errors import ConfigError
 from online_dpo.offline_pairs import read_offline_pairs
 from online_dpo.records import to_dict
-from online_dpo.tables import prompt_row, write_table
-from online_dpo.tokenization import prepare_prompts
+from online_dpo.tables import prompt_row, read_table, write_table
+from online_dpo.tokenization import Room, prepare_prompts
 from online_dpo.training import dpo
 from online_dpo.training.cache import ModelCache
 from online_dpo.training.checkpoints import save_optimizer, write_jsonl
@@ -109,13 +109,22 @@ class Trainer:
         model: str,
         sources: Sequence[Mapping[str, Any]],
         max_tokens: int,
+        max_new_tokens: int,
+        max_model_len: int | None,
         out: str,
     ) -> dict[str, Any]:
-        """Write `prompts.parquet` and `problems.jsonl`; the result counts both."""
+        """Write `prompts.parquet` and `problems.jsonl`; the result counts both.
+
+        Prompts are skipped that leave less than `max_new_tokens` of the model's longest sequence
+        or of the sampling engine's, `max_model_len`, whichever is shorter.
+        """
         if not self._first:
             return {}
         prompts, problems = prepare_prompts(
-            self._tokenizer(Path(model)), sources, max_tokens=max_tokens
+            self._tokenizer(Path(model)),
+            sources,
+            max_tokens=max_tokens,
+            room=self._room(Path(model), max_new_tokens, max_model_len),
         )
         write_prompts(Path(out), prompts, problems)
         roles = [sourced.role for sourced in prompts]
@@ -126,13 +135,29 @@ class Trainer:
         }
 
     def tokenize_pairs(
-        self, *, emit: Emit, model: str, source: str, append_eos: bool, max_tokens: int, out: str
+        self,
+        *,
+        emit: Emit,
+        model: str,
+        source: str,
+        append_eos: bool,
+        max_tokens: int,
+        prompts_table: str,
+        out: str,
     ) -> dict[str, Any]:
-        """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`."""
+        """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`.
+
+        Pairs on the evaluation prompts of `prompts_table`, the campaign's own, are left out.
+        """
         if not self._first:
             return {}
+        table = read_table(Path(prompts_table))
         preferences, prompts, problems = read_offline_pairs(
-            self._tokenizer(Path(model)), source, append_eos=append_eos, max_tokens=max_tokens
+            self._tokenizer(Path(model)),
+            source,
+            append_eos=append_eos,
+            max_tokens=max_tokens,
+            held_out={tuple(row["token_ids"]) for row in table if row["role"] == "eval"},
         )
         write_table(Path(out) / "pairs.parquet", "pairs", [to_dict(p) for p in preferences])
         rows = [prompt_row(prompt, role="offline", weight=1.0) for prompt in prompts]
@@ -285,6 +310,18 @@ class Trainer:
     def _limit(self, model: PreTrainedModel) -> Any:
         return length_limit(self.train_config["max_tokens"], models.max_length(model))
 
+    def _room(self, folder: Path, max_new_tokens: int, max_model_len: int | None) -> Room | None:
+        trusted = self.model_config["trust_remote_code"]
+        limits = [
+            (models.folder_max_length(folder, trust_remote_code=trusted), "the model's"),
+            (max_model_len, "sampling.engine.max_model_len"),
+        ]
+        known = [(tokens, set_by) for tokens, set_by in limits if tokens is not None]
+        if not known:
+            return None
+        tokens, set_by = min(known, key=lambda limit: limit[0])
+        return Room(tokens, set_by, max_new_tokens)
+
     def _tokenizer(self, folder: Path) -> Any:
         return models.load_tokenizer(
             folder,
@@ -300,13 +337,18 @@ class Trainer:
         metrics: list[dict[str, Any]],
         summary: Mapping[str, Any],
     ) -> None:
-        """Weights, configs, the tokenizer's files unchanged, each step's metrics and a summary."""
+        """Weights, configs, the tokenizer as trained with, each step's metrics and a summary."""
         dtype = self.model_config["dtype"]
         if not self._first:
             models.round_weights(model, dtype)
             return
         models.save_model(model, out, dtype=dtype)
-        models.copy_tokenizer(source, out, trust_remote_code=self.model_config["trust_remote_code"])
+        models.copy_tokenizer(
+            source,
+            out,
+            chat_template=_path(self.model_config["chat_template"]),
+            trust_remote_code=self.model_config["trust_remote_code"],
+        )
         write_jsonl(out / METRICS_FILE, metrics)
         (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -73,6 +74,15 @@ class LogProbModel(nn.Module):
             head: nn.Module = self.model.get_output_embeddings()
             return _chunked_logps(hidden[rows, positions], head, targets)
 
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Without autocast, where the attention allows it: for figures compared across engines."""
+        precision, self.precision = self.precision, self._test_precision
+        try:
+            yield
+        finally:
+            self.precision = precision
+
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"
@@ -86,10 +96,11 @@ class LogProbModel(nn.Module):
         vocab_size = self.model.config.get_text_config().vocab_size
         ids = [[(17 * i + 5 * row) % vocab_size for i in range(n)] for row, n in enumerate((6, 11))]
         batch = pad_sequences([row[:3] for row in ids], [row[3:] for row in ids]).to(self.device)
-        precision, self.precision = self.precision, self._test_precision
-        ours = token_logps(self, batch)
-        expected = [self._whole_model(batch.input_ids[row, : len(t)]) for row, t in enumerate(ids)]
-        self.precision = precision
+        with self.full_precision():
+            ours = token_logps(self, batch)
+            expected = [
+                self._whole_model(batch.input_ids[row, : len(t)]) for row, t in enumerate(ids)
+            ]
         difference = float((ours - torch.cat(expected)).abs().max())
         return difference < SELF_TEST_TOLERANCE[self._test_precision]
 

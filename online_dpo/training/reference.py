@@ -38,10 +38,11 @@ def score_sequences(
     for _, response in sequences:
         offsets.append(offsets[-1] + len(response))
     flat = torch.zeros(offsets[-1], dtype=torch.float64)
-    for items, batch in _batches(model, sequences, batch_size, accelerator, emit):
-        values = token_logps(model, batch).double().cpu()
-        for item, part in zip(items, torch.split(values, list(batch.lengths)), strict=True):
-            flat[offsets[item] : offsets[item + 1]] = part
+    with model.full_precision():
+        for items, batch in _batches(model, sequences, batch_size, accelerator, emit):
+            values = token_logps(model, batch).double().cpu()
+            for item, part in zip(items, torch.split(values, list(batch.lengths)), strict=True):
+                flat[offsets[item] : offsets[item + 1]] = part
     logps = _all_processes(flat, accelerator).tolist()
     return [logps[a:b] for a, b in pairwise(offsets)]
 
