@@ -91,12 +91,17 @@ def _open(path: Path) -> IO[str]:
 
 def _open_in(path: Path) -> list[int]:
     """The other processes of this machine that have a file open, as far as /proc shows them."""
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.path.samefile(entry, path):
-                found.add(int(entry.parts[2]))
-    return sorted(found - {os.getpid()})
+    numbers = {int(e.name) for e in Path("/proc").glob("[0-9]*") if e.name.isdigit()}
+    return sorted(pid for pid in numbers - {os.getpid()} if _has_open(pid, path))
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samefile(entry, path):
+                    return True
+    return False
 
 
 def _try_lock(file: IO[str], kind: int) -> bool:

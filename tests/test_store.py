@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -130,3 +132,29 @@ def test_a_start_waits_for_dying_workers(tmp_path: Path) -> None:
         assert time.monotonic() - began > 0.2
     with hold_as_worker(tmp_path), pytest.raises(LockedError, match="still running"):
         RunLock(tmp_path, workers_timeout_s=0.1)
+
+
+def test_a_look_at_the_lock_does_not_stop_a_start(tmp_path: Path) -> None:
+    RunLock(tmp_path).release()
+    look = (tmp_path / "lock").open()
+    fcntl.flock(look, fcntl.LOCK_SH)
+    timer = threading.Timer(0.3, look.close)
+    timer.start()
+    RunLock(tmp_path).release()
+    timer.join()
+
+
+def test_the_workers_in_the_way_are_named(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from online_dpo.locks import hold_as_worker\n"
+        "file = hold_as_worker(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+    ) as worker:
+        try:
+            assert worker.stdout is not None and worker.stdout.readline() == b"held\n"
+            with pytest.raises(LockedError, match=rf"still running.*\(process {worker.pid}\)"):
+                RunLock(tmp_path, workers_timeout_s=0.1)
+        finally:
+            worker.kill()

@@ -46,17 +46,17 @@ class Labelling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._shards.put(None)
-        if error is not None:
-            self._cancel()
-            return
         try:
-            while self._thread.is_alive():
+            self._shards.put(None)
+            while error is None and self._thread.is_alive():
                 self._thread.join(timeout=0.2)
         except BaseException:
             self._cancel()
             raise
-        self.check()
+        if error is not None:
+            self._cancel()
+        else:
+            self.check()
 
     def submit(self, shard: str) -> None:
         """Queue a committed shard. Raises what made an earlier one fail."""
