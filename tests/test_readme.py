@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -171,10 +172,13 @@ def test_the_judge_in_one_file_scored_every_response(home: Path) -> None:
 
 def test_the_judge_of_a_run_directory_must_be_trusted(home: Path) -> None:
     log = home / "refused.txt"
-    assert in_child(cli, str(home), str(log), "online-dpo resume runs/first_person") == 2
+    unfinished = home / "unfinished"
+    shutil.copytree(home / "runs/first_person", unfinished)
+    (unfinished / "rounds/003/manifest.json").unlink()
+    assert in_child(cli, str(home), str(log), "online-dpo resume unfinished") == 2
     (shown,) = (c for c in commands(DOCS / "judges.md") if "--trust judge.name" in c)
     trusting = shown.replace("/home/me/", f"{home}/")
-    assert f"{home}/runs/first_person {shlex.join(shlex.split(trusting)[3:])}" in log.read_text()
+    assert f"{unfinished} {shlex.join(shlex.split(trusting)[3:])}" in log.read_text()
     assert "finished" in run(home, trusting)
 
 
@@ -427,7 +431,14 @@ def test_the_quickstart_is_described_as_it_is() -> None:
     assert f"samples {config.sampling.n} reviews of each" in text
     assert (config.pairs.selector, config.reference.promote) == ("best_worst", "every_round")
     kinds = {scorer["kind"] for scorer in config.judge.options["scorers"]}
-    assert kinds == {"lexicon", "length", "transitions", "repetition", "finished"}
+    assert kinds == {
+        "lexicon",
+        "length",
+        "transitions",
+        "regex",
+        "repetition",
+        "finished",
+    }
 
 
 def test_every_gpu_config_is_listed() -> None:
