@@ -108,7 +108,8 @@ class PromptsConfig(Section):
     holdout: Annotated[int, Field(ge=0)] = 0
     """Prompts taken from the training sets for evaluation, by seed, where `eval` is empty."""
     max_tokens: Count = 1024
-    """Longest prompt in tokens; longer ones are reported and skipped."""
+    """Longest prompt in tokens; longer ones, and those that leave the model no room for
+    sampling.max_new_tokens, are reported and skipped."""
 
 
 class SftConfig(Section):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
-from online_dpo.errors import ConfigError, CorruptError
+from online_dpo.errors import CorruptError
 from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
@@ -19,7 +19,7 @@ from online_dpo.schedule import PastRound, PromptPool, plan_round
 from online_dpo.stages.context import Context, PromptTable, busy_seconds, covered_seconds
 from online_dpo.stages.evaluate import evaluate
 from online_dpo.stages.label import Labelling
-from online_dpo.stages.origin import make_origin
+from online_dpo.stages.origin import check_pool, make_origin
 from online_dpo.stages.pair import pair
 from online_dpo.stages.promote import promote
 from online_dpo.stages.sample import sample
@@ -83,7 +83,6 @@ class Loop:
             context.round.write_plan({"round": 0, "seed": seed})
         with context.working("origin"):
             make_origin(context)
-        self._check_pool(context)
         evaluate(context)
         promote(context)
         return context
@@ -93,6 +92,7 @@ class Loop:
         context = self._context(round_dir)
         table = context.load_prompts()
         if not round_dir.planned:
+            check_pool(context)
             pool = PromptPool(table.train, table.weights, table.sha256)
             round_dir.write_plan(plan_round(self._config, history, pool))
         context.plan = round_dir.plan()
@@ -143,15 +143,6 @@ class Loop:
         )
         self._judges.append((config, labeller))
         return labeller
-
-    def _check_pool(self, context: Context) -> None:
-        size = sum(len(ids) for ids in context.load_prompts().train.values())
-        wanted = self._config.campaign.prompts_per_round
-        if wanted > size:
-            raise ConfigError(
-                f"campaign.prompts_per_round is {wanted}, but only {size} training prompts are "
-                f"usable (see {context.round.path / 'prompts' / 'problems.jsonl'})."
-            )
 
     def _check_chain(self, context: Context, last: PastRound) -> None:
         """The plan must name the round before it as it stands on the disk."""

@@ -155,6 +155,7 @@ def test_more_prompts_than_there_are_end_with_2(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", campaign={"prompts_per_round": 1000})
     code, output = run_config(tmp_path, config)
     assert code == 2 and "only 16 training prompts are usable" in output, output
+    assert not RunDir(tmp_path / "run").round(0).has("policy")
 
 
 def test_a_folder_with_other_things_is_not_taken(tmp_path: Path) -> None:

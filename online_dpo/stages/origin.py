@@ -26,7 +26,7 @@ def make_origin(context: Context) -> None:
         _commit_model(context)
     if not context.round.has("prompts"):
         _commit_prompts(context)
-    _check_pool(context)
+    check_pool(context)
     if context.config.pairs.offline is not None and not context.round.has("offline"):
         _commit_offline(context)
     if context.config.sft is not None and not context.round.has("policy"):
@@ -99,14 +99,14 @@ def _max_model_len(context: Context) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _check_pool(context: Context) -> None:
-    """Before anything is trained: a round must find its prompts."""
+def check_pool(context: Context) -> None:
+    """Refuse a config whose rounds would not find their prompts. Raises ConfigError."""
     size = sum(len(ids) for ids in read_prompts(context.run).train.values())
     wanted = context.config.campaign.prompts_per_round
     if wanted > size:
         raise ConfigError(
             f"campaign.prompts_per_round is {wanted}, but only {size} training prompts are "
-            f"usable (see {context.round.path / 'prompts' / 'problems.jsonl'})."
+            f"usable (see {context.run.path / 'rounds/000/prompts/problems.jsonl'})."
         )
 
 
