@@ -25,6 +25,8 @@ from make_quickstart_data import is_well_formed
 import online_dpo
 from online_dpo.config_file import load_config
 from online_dpo.progress import PlainProgress
+from online_dpo.resources import find_data
+from online_dpo.store import read_lines
 
 ARMS = ("promoted", "fixed", "offline", "hackable")
 
@@ -70,7 +72,7 @@ def _arm(arm: str, start: Path, seed: int) -> dict[str, Any]:
 def _make_offline(config: dict[str, Any]) -> None:
     """As many samples and pairs as all rounds together, from every prompt, in a single round."""
     campaign, sampling = config["campaign"], config["sampling"]
-    num_prompts = 384
+    num_prompts = len(read_lines(find_data("quickstart.jsonl")))
     pairs = campaign["rounds"] * campaign["prompts_per_round"]
     sampling["n"] = pairs * sampling["n"] // num_prompts
     config["pairs"] |= {"selector": "all", "max_per_prompt": pairs // num_prompts}

@@ -18,6 +18,9 @@ FATES = {
 }
 """What can become of a response, in the order in which tables show it."""
 
+DISPLACED = 0.05
+"""Chosen rewards below minus this are no noise of a last small batch: half a nat at beta 0.1."""
+
 
 def number(value: float | None, digits: int = 2) -> str:
     """A plain number, or a dash for none."""
@@ -188,7 +191,7 @@ def _unjudged(last: RoundView) -> str | None:
 
 def _displaced(last: RoundView) -> str | None:
     reward = (last.training or {}).get("last_chosen_reward")
-    if last.round == 0 or reward is None or reward >= 0:
+    if last.round == 0 or reward is None or reward > -DISPLACED:
         return None
     return (
         f"Round {last.round} ended with the chosen responses less likely than under the reference "
