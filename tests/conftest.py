@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # Two processes with two threads each on two cores are ten times slower than one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TINY_CONTEXT = 384
 CHAT_TEMPLATE = (
