@@ -116,6 +116,15 @@ ABSENT = "(not set)"
 """Stands in a difference for a key that one of the configs does not have."""
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text as YAML's rules have it, but with its three exotic line breaks escaped."""
+    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both values."""
     before = dict(_leaves(old.model_dump(mode="json")))

@@ -155,7 +155,7 @@ class _Maker:
             RoundPlan(
                 round=number, seed=number, prompt_ids=tuple(p.id for p in chosen),
                 prompts_sha256="b" * 64, policy=policy, reference=policy,
-                reference_round=number - 1, beta=0.1, learning_rate=1e-4, optimizer=None,
+                reference_round=number - 1, beta=0.1, learning_rate=1e-4, rounds=3, optimizer=None,
                 optimizer_step=0, evaluate=True, previous_manifest_sha256=origin.manifest_sha256(),
             )
         )  # fmt: skip

@@ -52,7 +52,7 @@ def test_what_a_begun_round_has_used_does_not_change(stopped: RunDir, key: str) 
 
 def test_what_it_has_not_used_yet_changes_when_accepted(stopped: RunDir) -> None:
     check(stopped, "train.micro_batch_size")
-    check(stopped, "evaluation.max_prompts")
+    check(stopped, "evaluation.examples")
     with pytest.raises(DriftError) as caught:
         check(stopped, "train.micro_batch_size", accept=False)
     command: list[Any] = shlex.split(caught.value.remedy or "")
