@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ class Judge:
         self.made_on: list[threading.Thread] = []
         self.asked = threading.Event()
         self.cancelled = threading.Event()
+        self.hanging = threading.Event()
 
     def make(self, evaluation: bool) -> Judge:
         assert not evaluation
@@ -44,8 +46,11 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
         if shard == "fails":
             raise JudgeError("no verdict")
         if shard == "hangs":
+            made.hanging.set()
             made.asked.set()
             made.cancelled.wait()
+            time.sleep(0.05)  # ends a little later than it is told to
+            made.hanging.clear()
             raise CancelledError
         return 1
 
@@ -61,11 +66,14 @@ def labelling(judge: Judge) -> Labelling:
 
 @pytest.fixture(autouse=True)
 def no_thread_left(judge: Judge) -> Iterator[None]:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
-    left = threading.active_count() - before
+    assert not judge.hanging.is_set()
+    left = set(threading.enumerate()) - before
     judge.cancelled.set()
-    assert left == 0
+    for thread in left:  # its work is done; it may still be in its last instructions
+        thread.join(timeout=10)
+        assert not thread.is_alive()
 
 
 def test_every_shard_is_waited_for(labelling: Labelling, judge: Judge) -> None:

@@ -34,6 +34,9 @@ class Labelling:
         self._failure: BaseException | None = None
         self._labeller: Labeller
         self._thread = threading.Thread(target=self._run, name="label", daemon=True)
+        # Waited for instead of the thread: a signal that interrupts Thread.join makes CPython
+        # before 3.13 take a thread that still runs for ended.
+        self._ended = threading.Event()
 
     def __enter__(self) -> Labelling:
         self._labeller = self._context.make_labeller(False)
@@ -48,8 +51,8 @@ class Labelling:
     ) -> None:
         try:
             self._shards.put(None)
-            while error is None and self._thread.is_alive():
-                self._thread.join(timeout=0.2)
+            while error is None and not self._ended.wait(timeout=0.2):
+                pass
         except BaseException:
             self._cancel()
             raise
@@ -74,9 +77,9 @@ class Labelling:
             self._labeller.cancel()
         finally:
             try:
-                self._thread.join(timeout=CANCEL_TIMEOUT_S)
+                self._ended.wait(timeout=CANCEL_TIMEOUT_S)
             except BaseException:
-                self._thread.join(timeout=max(deadline - time.monotonic(), 0.0))
+                self._ended.wait(timeout=max(deadline - time.monotonic(), 0.0))
                 raise
 
     def _run(self) -> None:
@@ -86,6 +89,8 @@ class Labelling:
                     bar.advance(label_shard(self._context, shard))
         except BaseException as error:
             self._failure = error
+        finally:
+            self._ended.set()
 
 
 def label_shard(context: Context, shard: str) -> int:
