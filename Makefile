@@ -6,6 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 RUN    := runs/quickstart
+# Test files at once; each worker starts a vLLM engine of its own.
+JOBS   ?= 2
 
 TORCH  := 2.13.0
 # PyTorch's own index of CPU wheels; PyPI's wheels for Linux need several GB of CUDA packages.
@@ -46,13 +48,13 @@ test: $(DEV) tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-full: $(DEV) tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # --- the environment ---------------------------------------------------------------------------
 
