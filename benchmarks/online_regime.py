@@ -66,7 +66,6 @@ def _config(rounds: int, threads: int) -> dict[str, object]:
             "optimizer": "carry",
             "learning_rate": 1e-4,
             "batch_size": 64,
-            "micro_batch_size": 64,
             "checkpoint_every": 0,
         },
         "reference": {"promote": "never"},

@@ -284,8 +284,11 @@ class TrainConfig(Section):
     """Share of the steps spent warming up."""
     batch_size: Count = 128
     """Pairs an optimizer step, over all processes; a smaller last batch is trained too."""
-    micro_batch_size: Count = 8
-    """Pairs of one forward pass in one process."""
+    micro_batch_tokens: Count = 4096
+    """Tokens of one forward pass in one process, each prompt counted once: bounds memory, and
+    changes no gradient. A longer pair goes alone."""
+    micro_batch_size: Count | None = None
+    """Most pairs of one forward pass in one process; None leaves it to micro_batch_tokens."""
     epochs: Count = 1
     """Passes over a round's pairs."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

@@ -51,10 +51,10 @@ def test_what_a_begun_round_has_used_does_not_change(stopped: RunDir, key: str) 
 
 
 def test_what_it_has_not_used_yet_changes_when_accepted(stopped: RunDir) -> None:
-    check(stopped, "train.micro_batch_size")
+    check(stopped, "train.micro_batch_tokens")
     check(stopped, "evaluation.examples")
     with pytest.raises(DriftError) as caught:
-        check(stopped, "train.micro_batch_size", accept=False)
+        check(stopped, "train.micro_batch_tokens", accept=False)
     command: list[Any] = shlex.split(caught.value.remedy or "")
     assert command[:2] == ["online-dpo", "resume"]
-    assert command[-3:] == ["--accept-change", "--set", "train.micro_batch_size=2"]
+    assert command[-3:] == ["--accept-change", "--set", "train.micro_batch_tokens=2"]

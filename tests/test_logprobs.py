@@ -1,149 +1,235 @@
-"""Log-probs of response tokens against transformers' own logits."""
+"""Log-probs and gradients of whole batches against transformers' own logits, one row at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from online_dpo.errors import ConfigError
 from online_dpo.models import load_model
-from online_dpo.training import logprobs
-from online_dpo.training.batching import Sequences, pad_sequences
-from online_dpo.training.logprobs import LogProbModel, sum_rows, token_logps
+from online_dpo.training import vocabulary
+from online_dpo.training.logprobs import LogProbModel
+from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.vocabulary import Terms
 
-PROMPTS = [[5, 9, 2], [7], [3, 4, 5, 6, 8, 10]]
-RESPONSES = [[11, 12], [13, 14, 15, 16, 0], [17, 18, 19]]
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+GPT2_SIZES = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+WINDOW = {"sliding_window": 4}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES)),  # a bias in its output head
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES, initializer_range=0.2)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **WINDOW)),
+    "qwen2-window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, **WINDOW, use_sliding_window=True, max_window_layers=1)
+    ),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, **WINDOW, head_dim=8, final_logit_softcapping=0.5)
+    ),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES)),  # scales its logits
+}
+ALIKE = ("mistral", "qwen2-window", "gemma2")
+"""Models that cannot share a prompt's row."""
+
+Items = list[list[TokenPair]]
 
 
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=64,
-        n_positions=32,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def gemma2() -> PreTrainedModel:
-    """Its logits are soft-capped after the projection."""
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=32,
-        final_logit_softcapping=0.5,
-        sliding_window=4,
-    )
-    return Gemma2ForCausalLM(config).eval()
-
-
-@pytest.fixture(params=["llama", "qwen2", "gpt2", "gemma2"])
-def model(request: Any, tiny_llama: Path, tiny_qwen2: Path) -> PreTrainedModel:
+def make(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    if request.param in ("llama", "qwen2"):
-        return load_model(tiny_llama if request.param == "llama" else tiny_qwen2)
-    return gpt2() if request.param == "gpt2" else gemma2()
+    return MODELS[name]().eval()
 
 
-@torch.no_grad()
-def expected_logps(
+def items(*, seed: int = 0, vocab_size: int = 64) -> Items:
+    """Seven pairs: two share a prompt and a response, two a prompt alone."""
+    rng = np.random.default_rng(seed)
+
+    def ids(count: int) -> list[int]:
+        return [int(i) for i in rng.integers(1, vocab_size, count)]
+
+    found: Items = []
+    for prompt, chosen, rejected in ((1, 2, 7), (9, 1, 3), (4, 5, 5), (12, 3, 1), (2, 8, 2)):
+        tokens = ids(prompt)
+        found.append([(tokens, ids(chosen)), (tokens, ids(rejected))])
+    (prompt, chosen), _ = found[1]
+    found.append([(prompt, chosen), (prompt, ids(6))])
+    found.append([(prompt, ids(4)), (prompt, ids(9))])
+    return found
+
+
+def dpo_terms(logps: torch.Tensor, part: Part) -> Terms:
+    chosen, rejected = part.sums(logps).chunk(2)
+    margins = chosen - rejected
+    return Terms(-logsigmoid(0.1 * margins).sum(), {"margin": margins.detach().sum()})
+
+
+def naive(model: PreTrainedModel, dtype: torch.dtype, pairs: Items) -> tuple[float, dict[str, Any]]:
+    """The summed loss and its gradient: all logits, each sequence alone."""
+    model = copy.deepcopy(model).to(dtype)
+    losses = []
+    for pair in pairs:
+        chosen, rejected = (textbook_logps(model, *sequence).sum() for sequence in pair)
+        losses.append(-logsigmoid(0.1 * (chosen - rejected)))
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    return loss.item(), {n: p.grad.double() for n, p in model.named_parameters()}
+
+
+def textbook_logps(
     model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
 ) -> torch.Tensor:
-    """The textbook way: all logits of the sequence alone, in float64 from there on."""
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0].double()
-    logps = torch.log_softmax(logits, dim=-1)
+    logps = model(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
     return logps[range(len(prompt) - 1, len(prompt) + len(response) - 1), list(response)]
 
 
-def batch() -> Sequences:
-    return pad_sequences(PROMPTS, RESPONSES)
+def ours(
+    model: PreTrainedModel, pairs: Items, batches: Sequence[Sequence[int]], **options: Any
+) -> tuple[float, dict[str, Any]]:
+    """The same through batches of items."""
+    wrapped = LogProbModel(copy.deepcopy(model), **options)
+    total = 0.0
+    for batch in batches:
+        packed = wrapped.pack(batch, [pairs[item] for item in batch])
+        loss, _ = wrapped(packed, dpo_terms)
+        loss.backward()
+        total += loss.item()
+    return total, {n: p.grad.double() for n, p in wrapped.model.named_parameters()}
+
+
+def error(found: dict[str, Any], exact: dict[str, Any]) -> float:
+    return max(float((found[name] - exact[name]).abs().max()) for name in exact)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradient_are_as_exact_as_the_naive_step(name: str) -> None:
+    model, pairs = make(name), items()
+    loss, exact = naive(model, torch.float64, pairs)
+    naive_loss, rounded = naive(model, torch.float32, pairs)
+    found_loss, found = ours(model, pairs, [range(len(pairs))])
+    assert found.keys() == exact.keys()
+    assert error(found, exact) <= 2 * error(rounded, exact)
+    assert abs(found_loss - loss) <= max(2 * abs(naive_loss - loss), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mistral", "gemma2", "cohere"])
+def test_order_and_micro_batches_change_nothing(name: str) -> None:
+    model, pairs = make(name).double(), items()
+    loss, expected = ours(model, pairs, [range(7)])
+    for batches in ([[i] for i in range(7)], [[6, 0, 3], [5, 2], [4, 1]], [[*reversed(range(7))]]):
+        other, found = ours(model, pairs, batches)
+        assert other == pytest.approx(loss, abs=1e-6)
+        assert error(found, expected) < 1e-6  # norms compute in float32
+
+
+@pytest.mark.parametrize("name", ["phi", "qwen2", "mistral", "gemma2"])
+def test_parts_and_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs = make(name).double(), items()
+    loss, expected = ours(model, pairs, [range(7)])
+    for tokens in (1, 5, 12):
+        monkeypatch.setitem(vocabulary.CHUNK_BYTES, "cpu", tokens * 4 * 64)
+        other, found = ours(model, pairs, [range(7)])
+        assert other == pytest.approx(loss, abs=1e-6)
+        assert error(found, expected) < 1e-6  # norms compute in float32
 
 
 @torch.no_grad()
-def test_equal_to_all_logits(model: PreTrainedModel) -> None:
-    values = token_logps(LogProbModel(model), batch())
-    expected = torch.cat(
-        [expected_logps(model, p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    )
-    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("name", MODELS)
+def test_scoring_equals_all_logits(name: str) -> None:
+    model, pairs = make(name), items()
+    wrapped = LogProbModel(copy.deepcopy(model))
+    batch = wrapped.pack(range(7), pairs)
+    values = wrapped(batch)
+    for part in batch.parts:
+        sums = part.sums(values[part.start : part.stop]).unflatten(0, (2, -1))
+        for place, item in enumerate(part.items):
+            for side, sequence in enumerate(pairs[item]):
+                expected = textbook_logps(model, *sequence).double().sum()
+                assert float(sums[side, place]) == pytest.approx(float(expected), abs=2e-5)
 
 
-def test_models_with_capped_logits_run_whole(tiny_llama: Path) -> None:
-    assert LogProbModel(load_model(tiny_llama)).projects
-    torch.manual_seed(0)
-    assert not LogProbModel(gemma2()).projects
+def test_which_models_share_and_project() -> None:
+    found = {name: LogProbModel(make(name)) for name in MODELS}
+    assert [name for name, wrapped in found.items() if not wrapped.shares] == list(ALIKE)
+    assert all("local window" in found[name].why_not_shared for name in ALIKE)
+    assert [name for name, wrapped in found.items() if not wrapped.projects] == ["gemma2", "cohere"]
 
 
-def test_only_response_positions_are_projected(tiny_llama: Path) -> None:
+def test_a_prompt_is_encoded_once_and_a_response_is_projected_once(tiny_llama: Path) -> None:
     wrapped = LogProbModel(load_model(tiny_llama))
-    rows = []
-    wrapped.model.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: rows.append(output.shape[0])
-    )
-    token_logps(wrapped, batch())
-    assert rows == [sum(len(response) for response in RESPONSES)]
+    pairs = items()
+    batch = wrapped.pack(range(7), pairs)
+    prompts = {tuple(prompt) for pair in pairs for prompt, _ in pair}
+    sequences = {(tuple(p), tuple(r)) for pair in pairs for p, r in pair}
+    responses = sum(len(response) for _, response in sequences)
+    assert len(sequences) == 13
+    assert batch.input_ids.shape == (1, sum(map(len, prompts)) + responses)
+    assert batch.targets.shape == (responses,)
 
 
-def test_chunks_change_nothing(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run() -> tuple[torch.Tensor, torch.Tensor]:
-        wrapped = LogProbModel(load_model(tiny_qwen2)).double()
-        values = token_logps(wrapped, batch())
-        values.double().square().sum().backward()
-        return values.detach(), wrapped.model.get_input_embeddings().weight.grad
-
-    values, gradient = run()
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 3 * 320)
-    chunked_values, chunked_gradient = run()
-    torch.testing.assert_close(chunked_values, values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(chunked_gradient, gradient, atol=1e-6, rtol=1e-6)
-
-
-@torch.no_grad()
-def test_other_rows_and_padding_do_not_matter(model: PreTrainedModel) -> None:
-    wrapped = LogProbModel(model)
-    together = sum_rows(token_logps(wrapped, batch()), batch())
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        alone = pad_sequences([prompt], [response])
-        value = sum_rows(token_logps(wrapped, alone), alone)
-        assert float(value) == pytest.approx(float(together[row]), abs=1e-5)
-
-
-def test_sums_are_of_each_row_in_float64() -> None:
-    values = torch.arange(10.0) + 1e-3
-    sums = sum_rows(values, batch())
-    assert sums.dtype == torch.float64
-    parts = values.double().split([2, 5, 3])
-    assert sums.tolist() == [float(part.sum()) for part in parts]
+def test_another_attention_runs_on_padded_rows(tiny_llama: Path) -> None:
+    eager = LogProbModel(load_model(tiny_llama, attention="eager"))
+    assert not eager.shares and eager.why_not_shared == "model.attention is eager"
 
 
 @torch.no_grad()
 def test_bfloat16_autocast_is_close_and_float32_outside(tiny_llama: Path) -> None:
-    model = load_model(tiny_llama)
-    exact = token_logps(LogProbModel(model), batch())
-    rounded = token_logps(LogProbModel(model, precision="bfloat16"), batch())
-    assert rounded.dtype == torch.float32
-    assert 0 < float((rounded - exact).abs().max()) < 0.3
+    exact, rounded = (
+        LogProbModel(load_model(tiny_llama), precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    pairs = items(vocab_size=320)
+    difference = rounded(rounded.pack(range(7), pairs)) - exact(exact.pack(range(7), pairs))
+    assert difference.dtype == torch.float32
+    assert 0 < float(difference.abs().max()) < 0.3
+
+
+def test_bfloat16_gradients_are_close(tiny_llama: Path) -> None:
+    model, pairs = load_model(tiny_llama), items(vocab_size=320)
+    _, exact = ours(model, pairs, [range(7)])
+    _, found = ours(model, pairs, [range(7)], precision="bfloat16")
+    for name, gradient in exact.items():
+        cosine = torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0)
+        assert float(cosine) > 0.99, name
 
 
 class Leaky(LlamaForCausalLM):

@@ -206,7 +206,7 @@ def test_events_and_metrics(folder: Path, tiny_llama: Path) -> None:
     assert [(event["step"], event["of"]) for event in steps] == [(1, 3), (2, 3), (3, 3)]
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()
     assert sum(event["tokens"] for event in steps) == sum(
-        2 * len(row["prompt_token_ids"])
+        len(row["prompt_token_ids"])
         + len(row["chosen_token_ids"])
         + len(row["rejected_token_ids"])
         for row in rows

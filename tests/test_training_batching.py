@@ -1,4 +1,4 @@
-"""Which items a step takes, how they are dealt and padded, and the learning rate at each step."""
+"""Which items a step takes, how they are dealt and packed, and the learning rate at each step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_dpo.training.batching import deal, pad_sequences, plan_steps
+from online_dpo.training.batching import Size, deal, plan_steps, sizes_of
 from online_dpo.training.learning_rate import lr_multiplier
 
 
@@ -35,38 +35,53 @@ def test_fractions_of_an_epoch() -> None:
     assert [len(s.items) for s in plan_steps(10, batch_size=8, epochs=1.3, seed=0)] == [8, 2, 3]
 
 
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 5))
-def test_dealing_counts_every_item_once(lengths: list[int], size: int, processes: int) -> None:
-    items = range(len(lengths))
+SIZES = st.lists(
+    st.builds(Size, st.integers(0, 5), st.just(7), st.integers(1, 100)), min_size=1, max_size=40
+)
+
+
+@given(SIZES, st.integers(1, 400), st.none() | st.integers(1, 9), st.integers(1, 5))
+def test_dealing_counts_every_item_once(
+    sizes: list[Size], tokens: int, most: int | None, processes: int
+) -> None:
+    items = range(len(sizes))
     dealt = [
-        deal(items, lengths, size=size, rank=rank, num_processes=processes)
+        deal(items, sizes, tokens=tokens, most=most, rank=rank, num_processes=processes)
         for rank in range(processes)
     ]
     assert len({len(mine) for mine in dealt}) == 1, "a process would wait for ever in a collective"
     real = [item for mine in dealt for micro in mine if micro.real for item in micro.items]
     assert sorted(real) == list(items)
-    assert all(0 < len(micro.items) <= size for mine in dealt for micro in mine)
+    for micro in (micro for mine in dealt for micro in mine):
+        assert 0 < len(micro.items) <= (most or len(sizes))
+        prompts = 7 * len({sizes[item].group for item in micro.items})
+        cost = prompts + sum(sizes[item].response_tokens for item in micro.items)
+        assert cost <= tokens or len(micro.items) == 1
 
 
 def test_like_lengths_share_a_micro_batch() -> None:
-    micros = deal([0, 1, 2, 3], [9, 1, 8, 2], size=2, rank=0, num_processes=1)
+    sizes = [Size(i, 1, n) for i, n in enumerate((9, 1, 8, 2))]
+    micros = deal([0, 1, 2, 3], sizes, tokens=20, most=2, rank=0, num_processes=1)
     assert [micro.items for micro in micros] == [(1, 3), (2, 0)]
 
 
-def test_padding_by_hand() -> None:
-    batch = pad_sequences([[5, 6], [7]], [[8], [9, 10]])
-    assert batch.input_ids.tolist() == [[5, 6, 8], [7, 9, 10]]
-    assert list(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)) == [
-        (0, 1),
-        (1, 0),
-        (1, 1),
-    ]
-    assert batch.columns.tolist() == [0, 0, 1]
-    assert batch.targets.tolist() == [8, 9, 10]
-    assert pad_sequences([[1, 2, 3], [1]], [[4], [5]]).input_ids.tolist() == [
-        [1, 2, 3, 4],
-        [1, 5, 0, 0],
-    ]
+def test_items_of_a_prompt_stay_together_and_pay_for_it_once() -> None:
+    sizes = [Size(0, 10, 4), Size(1, 10, 5), Size(0, 10, 6), Size(1, 10, 5)]
+    micros = deal([0, 1, 2, 3], sizes, tokens=20, most=None, rank=0, num_processes=1)
+    assert [micro.items for micro in micros] == [(1, 3), (0, 2)]
+
+
+def test_processes_wait_for_each_other_as_little_as_can_be() -> None:
+    sizes = [Size(i, 1, 9) for i in range(12)]
+    for rank in range(2):
+        micros = deal(range(12), sizes, tokens=1000, most=None, rank=rank, num_processes=2)
+        assert [len(micro.items) for micro in micros] == [6]
+
+
+def test_sizes_by_hand() -> None:
+    found = sizes_of([[([1, 2], [3]), ([1, 2], [4, 5])], [([9], [3]), ([9], [7])]] * 2)
+    assert found == [Size(0, 2, 3), Size(1, 1, 2), Size(0, 2, 3), Size(1, 1, 2)]
+    assert found[0].tokens == 5
 
 
 def multipliers(steps: int, warmup: float, schedule: str) -> list[float]:

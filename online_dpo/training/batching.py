@@ -1,4 +1,4 @@
-"""Which items an optimizer step takes, how they are dealt to processes, and how they are padded."""
+"""Which items an optimizer step takes, and how they are dealt to processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from online_dpo.training.packing import TokenPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +29,32 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequences:
-    """Padded prompt + response rows, and where the response tokens are predicted.
+class Size:
+    """What an item puts into a batch: its prompt, once for all items of its group, and responses.
 
-    `input_ids` is (B, T), padded at the right. The N response tokens of all rows lie one after the
-    other: `rows` and `positions` (N,) say where a token is predicted, `columns` (N,) its index in
-    its response, `targets` (N,) which token it is.
+    Items of a group share their prompt.
     """
 
-    input_ids: Tensor
-    rows: Tensor
-    positions: Tensor
-    columns: Tensor
-    targets: Tensor
-    lengths: tuple[int, ...]
+    group: int
+    prompt_tokens: int
+    response_tokens: int
 
-    def to(self, device: torch.device) -> Sequences:
-        return Sequences(
-            self.input_ids.to(device),
-            self.rows.to(device),
-            self.positions.to(device),
-            self.columns.to(device),
-            self.targets.to(device),
-            self.lengths,
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+
+def sizes_of(sequences: Sequence[Sequence[TokenPair]]) -> list[Size]:
+    """The sizes of items, each of which asks for some sequences of one prompt."""
+    groups: dict[tuple[int, ...], int] = {}
+    return [
+        Size(
+            groups.setdefault(tuple(wanted[0][0]), len(groups)),
+            len(wanted[0][0]),
+            sum(len(response) for _, response in wanted),
         )
+        for wanted in sequences
+    ]
 
 
 def plan_steps(num_items: int, *, batch_size: int, epochs: float, seed: int) -> list[Step]:
@@ -75,16 +77,26 @@ def plan_steps(num_items: int, *, batch_size: int, epochs: float, seed: int) -> 
 
 
 def deal(
-    items: Sequence[int], lengths: Sequence[int], *, size: int, rank: int, num_processes: int
+    items: Sequence[int],
+    sizes: Sequence[Size],
+    *,
+    tokens: int,
+    most: int | None,
+    rank: int,
+    num_processes: int,
 ) -> list[MicroBatch]:
-    """The micro-batches of one process, items of like length together.
+    """The micro-batches of one process, items of a prompt together, then items of like length.
 
-    Every process gets the same number, because each takes part in every collective: where there
-    are too few, the last is repeated and not counted.
+    A micro-batch has at most `tokens` tokens, each prompt counted once, unless one item is longer,
+    and at most `most` items. Every process gets the same number, because each takes part in every
+    collective: where there are too few, the last is repeated and not counted.
     """
-    ordered = sorted(items, key=lambda item: (lengths[item], item))
-    size = min(size, math.ceil(len(ordered) / num_processes))
-    batches = [tuple(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+    longest: dict[int, int] = {}
+    for item in items:
+        size = sizes[item]
+        longest[size.group] = max(longest.get(size.group, 0), size.tokens)
+    ordered = sorted(items, key=lambda i: (longest[sizes[i].group], sizes[i].group, i))
+    batches = _even(ordered, sizes, tokens, most, num_processes)
     each = math.ceil(len(batches) / num_processes)
     mine = [MicroBatch(batch, True) for batch in batches[rank::num_processes]]
     while len(mine) < each:
@@ -92,27 +104,38 @@ def deal(
     return mine
 
 
-def pad_sequences(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> Sequences:
-    """Rows of prompt + response. No prompt is empty: its end predicts the first token."""
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    input_ids = np.zeros((len(prompts), width), dtype=np.int64)
-    rows, positions, columns, targets = [], [], [], []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        assert len(prompt) > 0, "a response cannot be scored after an empty prompt"
-        count = len(response)
-        input_ids[row, : len(prompt)] = prompt
-        input_ids[row, len(prompt) : len(prompt) + count] = response
-        rows.append(np.full(count, row))
-        positions.append(np.arange(len(prompt) - 1, len(prompt) - 1 + count))
-        columns.append(np.arange(count))
-        targets.append(np.asarray(response, dtype=np.int64))
-    return Sequences(
-        torch.from_numpy(input_ids),
-        torch.from_numpy(np.concatenate(rows)),
-        torch.from_numpy(np.concatenate(positions)),
-        torch.from_numpy(np.concatenate(columns)),
-        torch.from_numpy(np.concatenate(targets)),
-        tuple(len(response) for response in responses),
-    )
+def _even(
+    ordered: Sequence[int],
+    sizes: Sequence[Size],
+    tokens: int,
+    most: int | None,
+    num_processes: int,
+) -> list[tuple[int, ...]]:
+    """As few micro-batches as fit, and of like cost where several processes wait for each other."""
+    most = min(most or len(ordered), math.ceil(len(ordered) / num_processes))
+    if num_processes == 1:
+        return _fill(ordered, sizes, tokens, most)
+    rounds = math.ceil(len(_fill(ordered, sizes, tokens, most)) / num_processes)
+    limit = sum(sizes[i].tokens for i in ordered) // (rounds * num_processes)
+    while limit < tokens:
+        batches = _fill(ordered, sizes, limit, most)
+        if len(batches) <= rounds * num_processes:
+            return batches
+        limit += limit // 8 + 1
+    return _fill(ordered, sizes, tokens, most)
+
+
+def _fill(
+    ordered: Sequence[int], sizes: Sequence[Size], tokens: int, most: int
+) -> list[tuple[int, ...]]:
+    batches: list[list[int]] = []
+    room, group = 0, -1
+    for item in ordered:
+        size = sizes[item]
+        cost = size.response_tokens if size.group == group and batches else size.tokens
+        if not batches or cost > room or len(batches[-1]) == most:
+            batches.append([])
+            room, cost = tokens, size.tokens
+        batches[-1].append(item)
+        room, group = room - cost, size.group
+    return [tuple(batch) for batch in batches]

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from online_dpo.training.batching import pad_sequences
+from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Pair
-from online_dpo.training.logprobs import sum_rows, token_logps
-from online_dpo.training.loop import LoopSettings, Terms
+from online_dpo.training.loop import LoopSettings
 from online_dpo.training.losses import LOSSES, implicit_rewards, nll_per_token
+from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.vocabulary import Terms
 
 
 class DpoObjective:
@@ -40,19 +41,19 @@ class DpoObjective:
         self.label_smoothing = label_smoothing
         self.nll_weight = nll_weight
         self.device = device
-        self.lengths = [
-            2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs
-        ]
+        self.sizes = sizes_of([self.sequences(item) for item in range(len(pairs))])
         self.weights = [1] * len(pairs)
         self.fingerprint = self._fingerprint(loss)
 
-    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms:
-        pairs = [self.pairs[item] for item in items]
-        prompts = [pair.prompt for pair in pairs]
-        responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        batch = pad_sequences(prompts + prompts, responses).to(self.device)
-        chosen, rejected = sum_rows(token_logps(model, batch), batch).chunk(2)  # (B,) each
-        index = torch.tensor(items)
+    def sequences(self, item: int) -> Sequence[TokenPair]:
+        """The chosen and the rejected one of a pair."""
+        pair = self.pairs[item]
+        return (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
+
+    def terms(self, logps: Tensor, part: Part) -> Terms:
+        """The summed losses of a part's pairs, and the sums of what is logged."""
+        chosen, rejected = part.sums(logps).chunk(2)  # (B,) each
+        index = torch.tensor(part.items)
         reference_chosen = self.reference_chosen_logps[index].to(self.device)
         reference_rejected = self.reference_rejected_logps[index].to(self.device)
         losses = self.loss_function(
@@ -64,7 +65,7 @@ class DpoObjective:
             label_smoothing=self.label_smoothing,
         )
         if self.nll_weight:
-            lengths = chosen.new_tensor([len(pair.chosen) for pair in pairs])
+            lengths = part.sequence_lengths()[: len(part.items)]
             losses = losses + self.nll_weight * nll_per_token(chosen, lengths)
         with torch.no_grad():
             chosen_rewards = implicit_rewards(chosen, reference_chosen, beta=self.beta)
@@ -104,6 +105,7 @@ def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSett
         schedule=train["schedule"],
         warmup=train["warmup"],
         batch_size=train["batch_size"],
+        micro_batch_tokens=train["micro_batch_tokens"],
         micro_batch_size=train["micro_batch_size"],
         epochs=train["epochs"],
         weight_decay=train["weight_decay"],

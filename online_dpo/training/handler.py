@@ -176,7 +176,7 @@ class Trainer:
         loaded = self.models.get(Path(model["path"]), model["sha256"])
         pairs = [(sequence["prompt"], sequence["response"]) for sequence in sequences]
         logps = score_sequences(
-            loaded, pairs, batch_size=self._score_batch, accelerator=self.accelerator, emit=emit
+            loaded, pairs, batch_tokens=self._batch_tokens, accelerator=self.accelerator, emit=emit
         )
         return {"logps": logps}
 
@@ -187,7 +187,7 @@ class Trainer:
         loaded = self.models.get(Path(model["path"]), model["sha256"])
         kept, skipped = read_pairs(Path(pairs), self._limit(loaded.model))
         chosen, rejected = score_pairs(
-            loaded, kept, batch_size=self._score_batch, accelerator=self.accelerator, emit=emit
+            loaded, kept, batch_tokens=self._batch_tokens, accelerator=self.accelerator, emit=emit
         )
         if self._first:
             write_reference_logps(Path(out), kept, chosen, rejected)
@@ -214,7 +214,7 @@ class Trainer:
         rows, skipped = read_demonstrations(demonstrations, self._tokenizer(folder), limit)
         trained = train(
             policy,
-            SftObjective(rows, device=policy.device),
+            SftObjective(rows),
             sft_loop_settings(sft, self.train_config, seed=seed, checkpoint_every=checkpoint_every),
             accelerator=self.accelerator,
             emit=emit,
@@ -304,8 +304,8 @@ class Trainer:
         return bool(self.accelerator.is_main_process)
 
     @property
-    def _score_batch(self) -> int:
-        return 2 * int(self.train_config["micro_batch_size"])
+    def _batch_tokens(self) -> int:
+        return int(self.train_config["micro_batch_tokens"])
 
     def _limit(self, model: PreTrainedModel) -> Any:
         return length_limit(self.train_config["max_tokens"], models.max_length(model))

@@ -1,37 +1,43 @@
-"""Log-probs of response tokens, without logits at any other position."""
+"""A causal language model that answers with log-probs of response tokens, or a loss of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from online_dpo.errors import ConfigError
-from online_dpo.training.batching import Sequences, pad_sequences
+from online_dpo.training import shared_attention
+from online_dpo.training.packing import Batch, TokenPair, pack
+from online_dpo.training.vocabulary import (
+    PartLoss,
+    Terms,
+    chunk_tokens,
+    fused_terms,
+    token_logps,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Precision = Literal["float32", "bfloat16"]
 
-LOGITS_PER_CHUNK = 2**22
-"""Logits in memory at once: 16 MB in float32."""
-
 SELF_TEST_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
 """Largest difference of a log-prob, in nats, that rounding explains."""
 
 
 class LogProbModel(nn.Module):
-    """A causal language model that answers with the log-probs of response tokens.
+    """Runs the trunk over a batch and projects to the vocabulary where responses are predicted.
 
-    Runs the trunk, and projects to the vocabulary only the positions that predict a response token.
-    Models whose logits are more than that projection (soft-capped, scaled) are found by a numeric
-    test when the wrapper is made, and then run whole.
+    Two shortcuts are taken where a numeric test, made with the wrapper, shows them to be exact:
+    `shares`: the responses of a prompt stand in one row behind it, without padding, so that it is
+    encoded once; models with windows or other attention of their own run on padded rows instead.
+    `projects`: the output head is applied by us; models whose logits are more than that
+    (soft-capped, scaled) run whole.
 
     Raises ConfigError where padding changes the model's log-probs, or the attention cannot run in
     this precision.
@@ -41,38 +47,49 @@ class LogProbModel(nn.Module):
         super().__init__()
         self.model = model
         self.precision = precision
-        self.projects = True
-        flash = model.config._attn_implementation == "flash_attention_2"
+        given = str(model.config._attn_implementation)
+        flash = given == "flash_attention_2"
         if flash and precision == "float32":
             raise ConfigError(
                 "model.attention: flash_attention_2 computes in bfloat16 only. Set "
                 "train.precision: bfloat16, or model.attention: sdpa."
             )
         self._test_precision: Precision = "bfloat16" if flash else "float32"
-        if not self._matches_whole_model():
-            self.projects = False
-            if not self._matches_whole_model():
-                raise ConfigError(
-                    f"The log-probs of {type(model).__name__} depend on padding at the right of a "
-                    "sequence, so this model cannot be trained in batches here."
-                )
+        self.shares, self.projects = False, True
+        self.why_not_shared = f"model.attention is {given}" if given != "sdpa" else ""
+        self._choose_path(given)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def pack(self, items: Sequence[int], sequences: Sequence[Sequence[TokenPair]]) -> Batch:
+        """The batch of `items`, each with its sequences, as this model takes it."""
+        vocab_size = self.model.config.get_text_config().vocab_size
+        return pack(
+            items,
+            sequences,
+            shared=self.shares,
+            part_tokens=chunk_tokens(vocab_size, self.device),
+            device=self.device,
+        )
+
     def forward(
-        self, input_ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor
-    ) -> Tensor:
-        """(N,) float32 log-probs of `targets` (N,), predicted at (rows, positions) of (B, T)."""
+        self, batch: Batch, part_loss: PartLoss | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """(N,) log-probs of all response tokens, or the loss summed over parts and its metrics.
+
+        With `part_loss` the gradient is made beside the loss; without it there is none.
+        """
         with self._autocast():
             if not self.projects:
-                logits = self.model(input_ids=input_ids, use_cache=False).logits
-                return _token_logps(logits[rows, positions], None, targets)
-            trunk = self.model.base_model
-            hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+                logps = self._whole_logps(batch)
+                return logps if part_loss is None else _plain(_sum_parts(logps, batch, part_loss))
+            hidden = self._hidden(batch)
             head: nn.Module = self.model.get_output_embeddings()
-            return _chunked_logps(hidden[rows, positions], head, targets)
+            if part_loss is None:
+                return token_logps(hidden, head, batch.targets)
+            return _plain(fused_terms(hidden, head, batch.targets, batch.parts, part_loss))
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -83,69 +100,114 @@ class LogProbModel(nn.Module):
         finally:
             self.precision = precision
 
+    def _hidden(self, batch: Batch) -> Tensor:
+        """(N, H) hidden states that predict the response tokens."""
+        out = self.model.base_model(**_inputs(batch))
+        hidden: Tensor = out.last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+    def _whole_logps(self, batch: Batch) -> Tensor:
+        """(N,) log-probs with a gradient, from the model's own logits."""
+        if batch.sharing is None:
+            logits = self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.positions]
+        else:
+            logits = self.model(**_inputs(batch), logits_to_keep=batch.positions).logits[0]
+        return _logps(logits, batch.targets)
+
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"
         )
 
-    @torch.no_grad()
-    def _matches_whole_model(self) -> bool:
-        """Whether padded rows scored our way agree with each row alone, run through everything."""
-        if self.projects and self.model.get_output_embeddings() is None:
-            return False
-        vocab_size = self.model.config.get_text_config().vocab_size
-        ids = [[(17 * i + 5 * row) % vocab_size for i in range(n)] for row, n in enumerate((6, 11))]
-        batch = pad_sequences([row[:3] for row in ids], [row[3:] for row in ids]).to(self.device)
+    def _choose_path(self, given: str) -> None:
+        """Take the shortest path that agrees with each sequence alone, run through everything."""
+        heads = [True, False] if self.model.get_output_embeddings() is not None else [False]
         with self.full_precision():
-            ours = token_logps(self, batch)
-            expected = [
-                self._whole_model(batch.input_ids[row, : len(t)]) for row, t in enumerate(ids)
-            ]
-        difference = float((ours - torch.cat(expected)).abs().max())
-        return difference < SELF_TEST_TOLERANCE[self._test_precision]
+            expected = self._expected()
+            if not self.why_not_shared:
+                shared_attention.register()
+                self.model.set_attn_implementation(shared_attention.NAME)
+                self.shares = True
+                if self._first_that_agrees(heads, expected):
+                    self.why_not_shared = ""
+                    return
+                self.model.set_attn_implementation(given)
+                self.shares = False
+            if not self._first_that_agrees(heads, expected):
+                raise ConfigError(
+                    f"The log-probs of {type(self.model).__name__} depend on padding at the right "
+                    "of a sequence, so this model cannot be trained in batches here."
+                )
 
-    def _whole_model(self, tokens: Tensor) -> Tensor:
-        """Log-probs of the tokens (T,) from the fourth on."""
-        with self._autocast():
-            logits = self.model(input_ids=tokens[None], use_cache=False).logits
-        return _token_logps(logits[0, 2:-1], None, tokens[3:])
+    def _first_that_agrees(self, heads: Sequence[bool], expected: Tensor) -> bool:
+        for projects in heads:
+            self.projects = projects
+            if self._agrees(expected):
+                return True
+        return False
+
+    @torch.no_grad()
+    def _agrees(self, expected: Tensor) -> bool:
+        try:
+            found = self(self._test_batch())
+        except shared_attention.UnsupportedAttention as error:
+            self.why_not_shared = f"its attention uses {error}"
+            return False
+        except (TypeError, AttributeError, RuntimeError) as error:
+            if not self.shares:
+                raise
+            self.why_not_shared = f"{type(error).__name__}: {error}"
+            return False
+        if self.shares:
+            self.why_not_shared = "its log-probs differ in the shared layout"
+        return float((found - expected).abs().max()) < SELF_TEST_TOLERANCE[self._test_precision]
+
+    def _test_sequences(self) -> list[list[TokenPair]]:
+        """Two prompts with two responses each, all of different lengths."""
+        vocab_size = self.model.config.get_text_config().vocab_size
+
+        def ids(start: int, count: int) -> list[int]:
+            return [(17 * i + 5 * start) % vocab_size for i in range(count)]
+
+        return [[(ids(0, 3), ids(1, 4)), (ids(0, 3), ids(2, 7))], [(ids(3, 6), ids(4, 5))] * 2]
+
+    def _test_batch(self) -> Batch:
+        return self.pack([0, 1], self._test_sequences())
+
+    @torch.no_grad()
+    def _expected(self) -> Tensor:
+        """Log-probs of the test's distinct responses, each sequence alone."""
+        first, second = self._test_sequences()
+        logps = []
+        for prompt, response in (*first, second[0]):
+            tokens = torch.tensor([[*prompt, *response]], device=self.device)
+            with self._autocast():
+                logits = self.model(input_ids=tokens, use_cache=False).logits[0]
+            logps.append(_logps(logits[len(prompt) - 1 : -1], tokens[0, len(prompt) :]))
+        return torch.cat(logps)
 
 
-def token_logps(model: nn.Module, batch: Sequences) -> Tensor:
-    """(N,) log-probs of all response tokens of the batch, row after row."""
-    logps: Tensor = model(batch.input_ids, batch.rows, batch.positions, batch.targets)
-    return logps
+def _inputs(batch: Batch) -> dict[str, Any]:
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    return inputs if batch.sharing is None else {**inputs, "sharing": batch.sharing}
 
 
-def sum_rows(values: Tensor, batch: Sequences) -> Tensor:
-    """(B,) sums over each row's response tokens of `values` (N,), in float64.
-
-    A sum of some hundred nats has few digits left in float32, and margins are differences of sums.
-    """
-    shape = (len(batch.lengths), max(batch.lengths))
-    padded = values.new_zeros(shape, dtype=torch.float64)
-    # (B, R); an index occurs once, so that this is deterministic on a GPU too.
-    padded = padded.index_put((batch.rows, batch.columns), values.double())
-    return padded.sum(dim=1)
+def _sum_parts(logps: Tensor, batch: Batch, part_loss: PartLoss) -> Terms:
+    """The terms of all parts from log-probs (N,) that carry a gradient."""
+    totals: dict[str, Tensor] = {}
+    for part in batch.parts:
+        terms = part_loss(logps[part.start : part.stop], part)
+        for name, value in {"": terms.loss, **terms.metrics}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return Terms(totals.pop(""), totals)
 
 
-def _chunked_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """(N,) log-probs from hidden states (N, H); logits of one chunk at a time are in memory."""
-    weight: Any = head.weight
-    vocab_size = int(weight.shape[0])
-    size = max(1, LOGITS_PER_CHUNK // vocab_size)
-    if len(targets) <= size:
-        return _token_logps(hidden, head, targets)
-    parts = [
-        checkpoint(
-            _token_logps, hidden[i : i + size], head, targets[i : i + size], use_reentrant=False
-        )
-        for i in range(0, len(targets), size)
-    ]
-    return torch.cat(parts)
+def _plain(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the wrappers of data parallelism find their tensors in."""
+    return terms.loss, dict(terms.metrics)
 
 
-def _token_logps(values: Tensor, head: nn.Module | None, targets: Tensor) -> Tensor:
-    """(N,) float32 log-probs of the targets, from logits (N, V) or hidden states (N, H) + head."""
-    logits = values if head is None else head(values)
-    return -cross_entropy(logits.float(), targets, reduction="none")
+def _logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) log-probs of `targets` from logits (N, V), in float32 at least."""
+    wide = logits.float() if logits.element_size() < 4 else logits
+    return -cross_entropy(wide, targets, reduction="none")

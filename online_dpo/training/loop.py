@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from online_dpo.errors import DivergedError
-from online_dpo.training.batching import Step, deal, plan_steps
+from online_dpo.training.batching import Size, Step, deal, plan_steps
 from online_dpo.training.checkpoints import (
     Progress,
     load_checkpoint,
@@ -22,30 +22,23 @@ from online_dpo.training.checkpoints import (
 )
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
+from online_dpo.training.packing import Batch, Part, TokenPair
+from online_dpo.training.vocabulary import Terms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Emit = Callable[[dict[str, Any]], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What one micro-batch adds to a step: sums over its items, not means.
-
-    `loss` is a scalar with a gradient, `metrics` are scalars without.
-    """
-
-    loss: Tensor
-    metrics: Mapping[str, Tensor]
+Pack = Callable[[Sequence[int], Sequence[Sequence[TokenPair]]], Batch]
 
 
 class Objective(Protocol):
     """What is minimised: over a step's items, the sum of losses / the sum of weights."""
 
     @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each item, for batches of like length."""
+    def sizes(self) -> Sequence[Size]:
+        """The tokens of each item, for micro-batches of like cost."""
 
     @property
     def weights(self) -> Sequence[int]:
@@ -55,7 +48,11 @@ class Objective(Protocol):
     def fingerprint(self) -> str:
         """A hash of the data; a checkpoint made with other data is refused."""
 
-    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms: ...
+    def sequences(self, item: int) -> Sequence[TokenPair]:
+        """What is scored of an item: sequences of one prompt, for every item equally many."""
+
+    def terms(self, logps: Tensor, part: Part) -> Terms:
+        """Sums over a part's items, from the (n,) log-probs of its response tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,8 @@ class LoopSettings:
     schedule: str
     warmup: float
     batch_size: int
-    micro_batch_size: int
+    micro_batch_tokens: int
+    micro_batch_size: int | None
     epochs: float
     weight_decay: float
     adam_betas: tuple[float, float]
@@ -104,7 +102,7 @@ def train(
     micro-batches and processes. Raises DivergedError before a step that is not finite.
     """
     steps = plan_steps(
-        len(objective.lengths),
+        len(objective.sizes),
         batch_size=settings.batch_size,
         epochs=settings.epochs,
         seed=settings.seed,
@@ -129,12 +127,12 @@ def train(
                 schedule=settings.schedule,
             )
             row = _take_step(
-                wrapped, optimizer, objective, step, settings, accelerator, number, rate
+                wrapped, model.pack, optimizer, objective, step, settings, accelerator, number, rate
             )
             metrics.append({"step": number, **row})
             if not accelerator.is_main_process:
                 continue
-            tokens = sum(objective.lengths[item] for item in step.items)
+            tokens = sum(objective.sizes[item].tokens for item in step.items)
             event = {"step": number, "of": len(steps), "metrics": row, "tokens": tokens}
             emit({"event": "step", **event})
             if number < len(steps) and _checkpoint_due(number, settings):
@@ -167,6 +165,7 @@ def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.Adam
 
 def _take_step(
     model: nn.Module,
+    pack: Pack,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     step: Step,
@@ -175,30 +174,30 @@ def _take_step(
     number: int,
     learning_rate: float,
 ) -> dict[str, float]:
-    """One optimizer step; returns the means of its metrics."""
+    """One optimizer step; returns the means of its metrics. The device is waited for once."""
     batches = deal(
         step.items,
-        objective.lengths,
-        size=settings.micro_batch_size,
+        objective.sizes,
+        tokens=settings.micro_batch_tokens,
+        most=settings.micro_batch_size,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
     total = sum(objective.weights[item] for item in step.items)
     sums: dict[str, Tensor] = {}
-    for index, batch in enumerate(batches):
+    for index, micro in enumerate(batches):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            terms = objective(model, batch.items)
+            batch = pack(micro.items, [objective.sequences(item) for item in micro.items])
+            loss, metrics = model(batch, objective.terms)
             # Data parallelism averages over processes; the mean wanted is over the step's items.
-            scale = accelerator.num_processes / total if batch.real else 0.0
-            accelerator.backward(terms.loss * scale)
-        if batch.real:
-            for name, value in {"loss": terms.loss.detach(), **terms.metrics}.items():
-                sums[name] = sums[name] + value if name in sums else value
-    means = _means(sums, terms, total, accelerator)
+            scale = accelerator.num_processes / total if micro.real else 0.0
+            accelerator.backward(loss * scale)
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            counted = value.double() * micro.real
+            sums[name] = sums[name] + counted if name in sums else counted
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-    means["grad_norm"] = float(grad_norm)
-    means["learning_rate"] = learning_rate
+    means = {**_means(sums, total, grad_norm, accelerator), "learning_rate": learning_rate}
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         optimizer.zero_grad()
         raise _diverged(number, means)
@@ -215,14 +214,13 @@ def _checkpoint_due(number: int, settings: LoopSettings) -> bool:
 
 
 def _means(
-    sums: Mapping[str, Tensor], terms: Terms, total: int, accelerator: Accelerator
+    sums: Mapping[str, Tensor], total: int, grad_norm: Tensor | None, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means over the step's items from one process's sums; `terms` names the metrics."""
-    names = ["loss", *terms.metrics]
-    zero = terms.loss.new_zeros((), dtype=torch.float64)
-    stacked = torch.stack([sums.get(name, zero).double() for name in names])
-    reduced = accelerator.reduce(stacked, reduction="sum")
-    return dict(zip(names, (reduced / total).tolist(), strict=True))
+    """Means over the step's items from one process's sums, and the norm, which all share."""
+    assert grad_norm is not None
+    reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum") / total
+    values = torch.cat([reduced, grad_norm.detach().to(reduced)[None]]).tolist()
+    return dict(zip([*sums, "grad_norm"], values, strict=True))
 
 
 def _diverged(number: int, means: Mapping[str, float]) -> DivergedError:
@@ -237,7 +235,7 @@ def _must_agree(objective: Objective, settings: LoopSettings) -> dict[str, Any]:
     """What a resumed run shares with the one that wrote the checkpoint."""
     return {
         "data": objective.fingerprint,
-        "num_items": len(objective.lengths),
+        "num_items": len(objective.sizes),
         "learning_rate": settings.learning_rate,
         "schedule": settings.schedule,
         "warmup": settings.warmup,

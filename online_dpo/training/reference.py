@@ -12,16 +12,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from online_dpo.training.batching import Sequences, deal, pad_sequences
+from online_dpo.training.batching import deal, sizes_of
 from online_dpo.training.data import Pair
-from online_dpo.training.logprobs import LogProbModel, sum_rows, token_logps
+from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.loop import Emit
+from online_dpo.training.packing import Part, TokenPair
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-TokenPair = tuple[Sequence[int], Sequence[int]]
-"""(prompt ids, response ids)."""
 
 
 @torch.no_grad()
@@ -29,7 +27,7 @@ def score_sequences(
     model: LogProbModel,
     sequences: Sequence[TokenPair],
     *,
-    batch_size: int,
+    batch_tokens: int,
     accelerator: Accelerator,
     emit: Emit,
 ) -> list[list[float]]:
@@ -39,10 +37,12 @@ def score_sequences(
         offsets.append(offsets[-1] + len(response))
     flat = torch.zeros(offsets[-1], dtype=torch.float64)
     with model.full_precision():
-        for items, batch in _batches(model, sequences, batch_size, accelerator, emit):
-            values = token_logps(model, batch).double().cpu()
-            for item, part in zip(items, torch.split(values, list(batch.lengths)), strict=True):
-                flat[offsets[item] : offsets[item + 1]] = part
+        for part, values in _scored(
+            model, [[s] for s in sequences], batch_tokens, accelerator, emit
+        ):
+            rows = part.rows(values)[part.index].cpu()  # (items, R)
+            for item, row in zip(part.items, rows, strict=True):
+                flat[offsets[item] : offsets[item + 1]] = row[: len(sequences[item][1])]
     logps = _all_processes(flat, accelerator).tolist()
     return [logps[a:b] for a, b in pairwise(offsets)]
 
@@ -52,18 +52,17 @@ def score_pairs(
     model: LogProbModel,
     pairs: Sequence[Pair],
     *,
-    batch_size: int,
+    batch_tokens: int,
     accelerator: Accelerator,
     emit: Emit,
 ) -> tuple[list[float], list[float]]:
     """(chosen, rejected) log-probs of each pair, summed over response tokens as in training."""
-    sequences: list[TokenPair] = [(pair.prompt, pair.chosen) for pair in pairs]
-    sequences += [(pair.prompt, pair.rejected) for pair in pairs]
-    sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for items, batch in _batches(model, sequences, batch_size, accelerator, emit):
-        sums[list(items)] = sum_rows(token_logps(model, batch), batch).cpu()
-    values = _all_processes(sums, accelerator).tolist()
-    return values[: len(pairs)], values[len(pairs) :]
+    wanted = [[(pair.prompt, pair.chosen), (pair.prompt, pair.rejected)] for pair in pairs]
+    sums = torch.zeros((2, len(pairs)), dtype=torch.float64)
+    for part, values in _scored(model, wanted, batch_tokens, accelerator, emit):
+        sums[:, list(part.items)] = part.sums(values).unflatten(0, (2, -1)).cpu()
+    chosen, rejected = _all_processes(sums, accelerator).tolist()
+    return chosen, rejected
 
 
 def write_reference_logps(
@@ -81,29 +80,29 @@ def write_reference_logps(
     pq.write_table(table, path)
 
 
-def _batches(
+def _scored(
     model: LogProbModel,
-    sequences: Sequence[TokenPair],
-    batch_size: int,
+    wanted: Sequence[Sequence[TokenPair]],
+    batch_tokens: int,
     accelerator: Accelerator,
     emit: Emit,
-) -> Iterator[tuple[tuple[int, ...], Sequences]]:
-    """This process's items with their padded batches on the device, like lengths together."""
-    if not sequences:
+) -> Iterator[tuple[Part, Tensor]]:
+    """The parts of this process's items, each with the log-probs of its response tokens."""
+    if not wanted:
         return
     dealt = deal(
-        range(len(sequences)),
-        [len(prompt) + len(response) for prompt, response in sequences],
-        size=batch_size,
+        range(len(wanted)),
+        sizes_of(wanted),
+        tokens=batch_tokens,
+        most=None,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
     for number, micro in enumerate(dealt, start=1):
-        if not micro.real:
-            continue
-        prompts = [sequences[item][0] for item in micro.items]
-        responses = [sequences[item][1] for item in micro.items]
-        yield micro.items, pad_sequences(prompts, responses).to(model.device)
+        batch = model.pack(micro.items, [wanted[item] for item in micro.items])
+        logps = model(batch)
+        if micro.real:
+            yield from ((part, logps[part.start : part.stop]) for part in batch.parts)
         if accelerator.is_main_process:
             emit({"event": "progress", "done": number, "of": len(dealt)})
 

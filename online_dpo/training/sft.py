@@ -7,22 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor
 
-from online_dpo.training.batching import pad_sequences
+from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Demonstration
-from online_dpo.training.logprobs import token_logps
-from online_dpo.training.loop import LoopSettings, Terms
+from online_dpo.training.loop import LoopSettings
+from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.vocabulary import Terms
 
 
 class SftObjective:
     """Cross entropy of response tokens: the mean over all response tokens of a step."""
 
-    def __init__(self, demonstrations: Sequence[Demonstration], *, device: torch.device) -> None:
+    def __init__(self, demonstrations: Sequence[Demonstration]) -> None:
         self.demonstrations = demonstrations
-        self.device = device
-        self.lengths = [len(d.prompt) + len(d.response) for d in demonstrations]
+        self.sizes = sizes_of([self.sequences(item) for item in range(len(demonstrations))])
         self.weights = [len(d.response) for d in demonstrations]
         digest = hashlib.sha256()
         for demonstration in demonstrations:
@@ -30,12 +29,14 @@ class SftObjective:
                 digest.update(np.array([len(ids), *ids]).tobytes())
         self.fingerprint = digest.hexdigest()
 
-    def __call__(self, model: nn.Module, items: Sequence[int]) -> Terms:
-        demonstrations = [self.demonstrations[item] for item in items]
-        batch = pad_sequences(
-            [d.prompt for d in demonstrations], [d.response for d in demonstrations]
-        ).to(self.device)
-        return Terms(-token_logps(model, batch).double().sum(), {})
+    def sequences(self, item: int) -> Sequence[TokenPair]:
+        """The one sequence of a demonstration."""
+        demonstration = self.demonstrations[item]
+        return ((demonstration.prompt, demonstration.response),)
+
+    def terms(self, logps: Tensor, part: Part) -> Terms:
+        """The summed negative log-likelihood of a part's response tokens."""
+        return Terms(-part.sums(logps).sum(), {})
 
 
 def loop_settings(
@@ -43,14 +44,15 @@ def loop_settings(
 ) -> LoopSettings:
     """The loop's settings from SftConfig's fields; what these leave open is as in TrainConfig.
 
-    A micro-batch holds as many sequences as one of pairs does.
+    A micro-batch holds as many tokens as one of pairs does, and as many sequences.
     """
     return LoopSettings(
         learning_rate=sft["learning_rate"],
         schedule=sft["schedule"],
         warmup=sft["warmup"],
         batch_size=sft["batch_size"],
-        micro_batch_size=2 * train["micro_batch_size"],
+        micro_batch_tokens=train["micro_batch_tokens"],
+        micro_batch_size=2 * pairs if (pairs := train["micro_batch_size"]) else None,
         epochs=sft["epochs"],
         weight_decay=sft["weight_decay"],
         adam_betas=tuple(train["adam_betas"]),

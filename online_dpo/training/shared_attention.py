@@ -1,0 +1,223 @@
+"""Attention over a packed row in which all responses of a prompt share it, with no work masked out.
+
+A response token attends to its prompt and to its own response so far. The two are computed apart,
+by the flash kernel, and merged by their log-sum-exps, as flash decoding merges splits of the keys:
+with l = log(e^a + e^b), out = e^(a-l) out_a + e^(b-l) out_b. The kernel's backward pass takes the
+merged output and log-sum-exp in place of a part's own and then gives that part's share of the
+gradients exactly. So the cost is P^2/2 + sum of (R^2/2 + P R) for a prompt of P and responses of R
+tokens, against K (P + R)^2 / 2 for K separate rows.
+
+Elsewhere than on a CPU the same layout runs through torch's scaled_dot_product_attention with a
+mask; the kernels used there give no log-sum-exp with a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from online_dpo.training.packing import Sharing
+
+NAME = "online_dpo_shared"
+"""How transformers' registries know this attention."""
+
+PLAIN = frozenset({"position_ids", "use_cache", "past_key_values", "cache_position", "is_causal"})
+"""Arguments that do not change what a token attends to here."""
+
+
+class UnsupportedAttention(Exception):
+    """The model's attention is more than causal softmax attention: windows, sinks, biases."""
+
+
+def register() -> None:
+    """Make the attention known to transformers, without a mask of its own. Safe to repeat."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sharing: Sharing | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, H, D) from query (1, H, T, D), key and value (1, Hkv, T, D), as transformers calls it.
+
+    Raises UnsupportedAttention where the model asks for more than causal attention.
+    """
+    asked = sorted(k for k, v in others.items() if v is not None and k not in PLAIN)
+    if sharing is None or asked or dropout or attention_mask is not None:
+        raise UnsupportedAttention(", ".join(asked) or "attention without a shared layout")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = query.device.type
+    # Rotary embeddings leave float32 behind under autocast, where torch's attention would cast.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    heads = query.shape[1]
+    query, key, value = (_rows(x, heads, dtype) for x in (query, key, value))
+    return _attend(query, key, value, sharing, scale).unsqueeze(0), None
+
+
+def _rows(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """(T, H, D) from (1, H, T, D) or (1, Hkv, T, D): a key or value head for each query head."""
+    rows = x.squeeze(0).transpose(0, 1).to(dtype)
+    times = heads // rows.shape[1]
+    return rows if times == 1 else rows.repeat_interleave(times, dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: float) -> Tensor:
+    """(T, H, D) from (T, H, D) each."""
+    groups, most, longest = sharing.responses.shape
+    flat = sharing.responses.reshape(groups, most * longest)
+    parts = [_take(x, sharing.prompts) for x in (query, key, value)]  # (G, H, P, D)
+    parts += [_take(x, flat) for x in (query, key, value)]  # (G, H, K R, D)
+    attend: Any = _Flash.apply if query.device.type == "cpu" else _masked
+    mask = sharing.prompt_mask
+    outs = attend(*parts, None if mask is None else mask.to(query.dtype), most, scale)
+    both = torch.cat([x.transpose(1, 2).reshape(-1, *x.shape[1::2]) for x in outs])
+    return both.index_select(0, sharing.inverse)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """(G, H, L, D) from (T, H, D) by (G, L) indices."""
+    taken: Tensor = x.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
+    return taken
+
+
+class _Flash(torch.autograd.Function):
+    """Prompts among themselves; responses to themselves and to their prompts, merged."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_p: Tensor,
+        key_p: Tensor,
+        value_p: Tensor,
+        query_r: Tensor,
+        key_r: Tensor,
+        value_r: Tensor,
+        mask: Tensor | None,
+        most: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        out_p, lse_p = _flash(query_p, key_p, value_p, causal=True, mask=None, scale=scale)
+        own = [_unstack(x, most) for x in (query_r, key_r, value_r)]
+        out_o, lse_o = _flash(*own, causal=True, mask=None, scale=scale)
+        out_o, lse_o = _stack(out_o, most), _stack(lse_o, most)
+        out_c, lse_c = _flash(query_r, key_p, value_p, causal=False, mask=mask, scale=scale)
+        lse = torch.logaddexp(lse_o, lse_c)  # (G, H, K R)
+        weight = (lse_o - lse).exp_()[..., None].to(out_o.dtype)
+        out_r = torch.lerp(out_c, out_o, weight)
+        ctx.save_for_backward(
+            query_p, key_p, value_p, query_r, key_r, value_r, out_p, lse_p, out_r, lse, mask
+        )
+        ctx.most, ctx.scale = most, scale
+        return out_p, out_r
+
+    @staticmethod
+    def backward(ctx: Any, grad_p: Tensor, grad_r: Tensor) -> Any:
+        q_p, k_p, v_p, q_r, k_r, v_r, out_p, lse_p, out_r, lse, mask = ctx.saved_tensors
+        most, scale = ctx.most, ctx.scale
+        dq_p, dk_p, dv_p = _flash_backward(
+            grad_p, q_p, k_p, v_p, out_p, lse_p, causal=True, mask=None, scale=scale
+        )
+        own = [_unstack(x, most) for x in (grad_r, q_r, k_r, v_r, out_r, lse)]
+        dq_o, dk_r, dv_r = _flash_backward(*own, causal=True, mask=None, scale=scale)
+        dq_c, dk_c, dv_c = _flash_backward(
+            grad_r, q_r, k_p, v_p, out_r, lse, causal=False, mask=mask, scale=scale
+        )
+        dq_r = _stack(dq_o, most) + dq_c
+        return (
+            *(dq_p, dk_p + dk_c, dv_p + dv_c),
+            *(dq_r, _stack(dk_r, most), _stack(dv_r, most)),
+            *(None, None, None),
+        )
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(B, H, L, D) outputs and (B, H, L) log-sum-exps."""
+    result: tuple[Tensor, Tensor]
+    result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return result
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor, Tensor]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return grads
+
+
+def _unstack(x: Tensor, most: int) -> Tensor:
+    """(G, H, K R, ...) to (G K, H, R, ...)."""
+    split: Tensor = x.unflatten(2, (most, -1)).transpose(1, 2)
+    return split.reshape(-1, *split.shape[2:])
+
+
+def _stack(x: Tensor, most: int) -> Tensor:
+    """(G K, H, R, ...) to (G, H, K R, ...)."""
+    stacked: Tensor = x.unflatten(0, (-1, most)).transpose(1, 2).flatten(2, 3)
+    return stacked
+
+
+def _masked(
+    query_p: Tensor,
+    key_p: Tensor,
+    value_p: Tensor,
+    query_r: Tensor,
+    key_r: Tensor,
+    value_r: Tensor,
+    mask: Tensor | None,
+    most: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same by two calls of scaled_dot_product_attention."""
+    out_p = scaled_dot_product_attention(query_p, key_p, value_p, is_causal=True, scale=scale)
+    groups, _, stacked, _ = query_r.shape
+    longest = stacked // most
+    place = torch.arange(stacked, device=query_r.device)
+    same = place[:, None] // longest == place[None] // longest
+    own = torch.where(same & (place[:, None] >= place[None]), 0.0, -torch.inf).to(query_r.dtype)
+    past = query_r.new_zeros(()) if mask is None else mask
+    past = past.expand(groups, 1, stacked, key_p.shape[2])
+    own = own.expand(groups, 1, stacked, stacked)
+    out_r = scaled_dot_product_attention(
+        query_r,
+        torch.cat([key_p, key_r], dim=2),
+        torch.cat([value_p, value_r], dim=2),
+        attn_mask=torch.cat([past, own], dim=-1),
+        scale=scale,
+    )
+    return out_p, out_r
+
+
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    """What transformers asks for before the layers run; refuses windows and chunks."""
+    if local_size is not None:
+        raise UnsupportedAttention("a local window")
