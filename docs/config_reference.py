@@ -75,7 +75,7 @@ def _table(path: str, model: Schema, rows: Sequence[str]) -> list[str]:
 def _row(path: str, key: str, field: Schema, places: Mapping[str, str], *, required: bool) -> str:
     mark = " *" if path.startswith(OPERATIONAL) else ""
     default = "required" if required else f"`{_value(field.get('default'))}`"
-    meaning = field["description"].replace("None", "null").replace("<", "&lt;")
+    meaning = " ".join(field["description"].split()).replace("None", "null").replace("<", "&lt;")
     cells = (f"`{key}`{mark}", _type(field, places), default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -110,6 +110,8 @@ def _type(field: Schema, places: Mapping[str, str]) -> str:
 
 def _object(field: Schema) -> str:
     keys = field.get("propertyNames", {})
+    if len(keys.get("enum", [])) > 1:
+        return "`{name: k, ...}`"
     key = keys.get("const") or next(iter(keys.get("enum", [])), None)
     return f"`{{{key}: k}}`" if key else "mapping"
 
