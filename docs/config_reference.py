@@ -29,6 +29,7 @@ stands twice is an error.
 - **Paths** are relative to the config's own folder, then to the working directory. The files in \
 `prompts/` and `configs/` are found by their bare name from anywhere: `path: general.jsonl`, \
 `online-dpo run quickstart.yaml`. `campaign.run_dir` is relative to the working directory.
+- **Losses**, their knobs, and what combines with what: [losses.md](losses.md).
 - **Editors** that know YAML schemas complete and check a config: `online-dpo schema > schema.json`.
 
 Fields marked * may be changed by `online-dpo resume RUN_DIR --set ...` without `--accept-change`: \

@@ -60,7 +60,7 @@ def simpo_loss(
     """(B,) SimPO (Meng et al. 2024, 2405.14734, eq. 6), which has no reference.
 
     -log sigmoid(beta (log policy(y+)/n+ - log policy(y-)/n-) - gamma) with the target margin
-    `gamma`. Typical: beta 2 to 2.5, gamma 0.5 to 1.5.
+    `gamma`. Typical: beta 2 to 10, gamma 0.3 to 0.8 times beta.
     """
     chosen = policy_chosen_logps / chosen_lengths
     rejected = policy_rejected_logps / rejected_lengths
