@@ -54,14 +54,14 @@ FROZEN = (
 PLANNED = ("train.beta", "train.learning_rate", "train.optimizer", "evaluation.every")
 """Settings that a round's plan has written down."""
 
-_FIRST_ARTIFACT = {
-    "sampling": "samples",
-    "judge": "labels",
-    "pairs": "pairs",
-    "train": "reference",
-    "evaluation": "evaluation",
+_ARTIFACTS = {
+    "sampling": ("samples",),
+    "judge": ("labels",),
+    "pairs": ("pairs",),
+    "train": ("reference", "checkpoints", "training"),
+    "evaluation": ("evaluation",),
 }
-"""The first artifact of a round that a section has a part in; other sections enter its plan."""
+"""The first artifacts of a round that a section has a part in; other sections enter its plan."""
 
 
 def current_config(folder: RunDir) -> Config:
@@ -141,10 +141,9 @@ def _is_late(round_dir: RoundDir, key: str) -> bool:
     if round_dir.finished or round_dir.number == 0:
         return False
     section = key.split(".")[0]
-    if key in PLANNED or section not in _FIRST_ARTIFACT:
+    if key in PLANNED or section not in _ARTIFACTS:
         return round_dir.planned
-    first = _FIRST_ARTIFACT[section]
-    return round_dir.has(first) or bool(round_dir.children(first))
+    return any(round_dir.has(name) or round_dir.children(name) for name in _ARTIFACTS[section])
 
 
 def record_change(folder: RunDir, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -236,7 +236,13 @@ def _preference(prompt: Prompt, candidate: Candidate, round_number: int) -> Pref
         margin=candidate.margin,
         p=candidate.p,
         origin=f"round-{round_number:03d}",
+        chosen_sampled_logp=_total(chosen.logprobs),
+        rejected_sampled_logp=_total(rejected.logprobs),
     )
+
+
+def _total(logprobs: Sequence[float] | None) -> float | None:
+    return None if logprobs is None else math.fsum(logprobs)
 
 
 def mix(

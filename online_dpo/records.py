@@ -122,6 +122,8 @@ class Preference:
 
     `margin` is in score units for scores and |p - 0.5| for comparisons. `p` is the probability that
     the chosen one is better. `origin` says where it comes from: this round, an earlier one, a file.
+    `*_sampled_logp` are the log-probs that this round's policy gave while it drew the responses,
+    summed, in nats; None for other sources.
     """
 
     pair_id: str
@@ -139,6 +141,8 @@ class Preference:
     margin: float
     p: float
     origin: str
+    chosen_sampled_logp: float | None = None
+    rejected_sampled_logp: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

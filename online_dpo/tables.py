@@ -60,6 +60,8 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "margin": "float64",
         "p": "float64",
         "origin": "string",
+        "chosen_sampled_logp": "float64",
+        "rejected_sampled_logp": "float64",
     },
     "answers": {
         "prompt_id": "string",

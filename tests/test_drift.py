@@ -50,6 +50,14 @@ def test_what_a_begun_round_has_used_does_not_change(stopped: RunDir, key: str) 
     assert f"rm -r {stopped.round(3).path}" in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["reference", "checkpoints/step-000001", "training"])
+def test_training_that_has_begun_keeps_its_settings(stopped: RunDir, name: str) -> None:
+    with stopped.round(3).commit(name, inputs={}) as draft:
+        (draft.path / "x").write_text("x")
+    with pytest.raises(DriftError, match="Round 3 has come past"):
+        check(stopped, "train.max_grad_norm")
+
+
 def test_what_it_has_not_used_yet_changes_when_accepted(stopped: RunDir) -> None:
     check(stopped, "train.micro_batch_tokens")
     check(stopped, "evaluation.examples")

@@ -97,7 +97,8 @@ def items(*, seed: int = 0, vocab_size: int = 64) -> Items:
     return found
 
 
-def dpo_terms(logps: torch.Tensor, part: Part) -> Terms:
+def dpo_terms(logps: torch.Tensor, part: Part, squares: torch.Tensor | None) -> Terms:
+    assert squares is None
     chosen, rejected = part.sums(logps).chunk(2)
     margins = chosen - rejected
     return Terms(-logsigmoid(0.1 * margins).sum(), {"margin": margins.detach().sum()})

@@ -206,9 +206,7 @@ def test_events_and_metrics(folder: Path, tiny_llama: Path) -> None:
     assert [(event["step"], event["of"]) for event in steps] == [(1, 3), (2, 3), (3, 3)]
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()
     assert sum(event["tokens"] for event in steps) == sum(
-        len(row["prompt_token_ids"])
-        + len(row["chosen_token_ids"])
-        + len(row["rejected_token_ids"])
+        len(row["prompt_token_ids"]) + len(row["chosen_token_ids"]) + len(row["rejected_token_ids"])
         for row in rows
     )
     # The plan's rate counts, not the config's: cosine at 0, 1/3, 2/3.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from online_dpo.errors import NoPairsError
@@ -90,7 +91,9 @@ def _mixed(context: Context, new: Sequence[Preference]) -> tuple[Preference, ...
         for number in range(1, context.round.number):
             table = context.run.round(number).verify("pairs") / "pairs.parquet"
             own = f"round-{number:03d}"
-            earlier += [p for p in map(preference_from_row, read_table(table)) if p.origin == own]
+            earlier += [
+                _aged(p) for p in map(preference_from_row, read_table(table)) if p.origin == own
+            ]
     offline: list[Preference] = []
     if config.offline is not None:
         table = context.run.round(0).verify("offline") / "pairs.parquet"
@@ -103,6 +106,11 @@ def _mixed(context: Context, new: Sequence[Preference]) -> tuple[Preference, ...
         offline_share=config.offline.share if config.offline else 0.0,
         seed=context.inputs.seed,
     )
+
+
+def _aged(preference: Preference) -> Preference:
+    """Without the log-probs of the policy that drew it, which is no longer the one that samples."""
+    return replace(preference, chosen_sampled_logp=None, rejected_sampled_logp=None)
 
 
 def _check_held_out(context: Context, preferences: Sequence[Preference]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.errors import CorruptError
+from online_dpo.loss_rules import needs_reference
 from online_dpo.records import ModelRef
 from online_dpo.stages.canary import write_canary
 from online_dpo.stages.context import Context
@@ -65,9 +66,10 @@ def commit_checkpoint(context: Context, path: Path, step: int, inputs: dict[str,
 
 
 def _score_reference(context: Context) -> None:
-    if context.round.has("reference"):
+    if context.round.has("reference") or not needs_reference(context.config.train.loss):
         return
     plan = context.inputs
+    sampled = context.config.reference.logps == "sampled"
     pairs = context.round.verify("pairs")
     inputs = {"pairs": context.round.manifest("pairs")["sha256"], "model": plan.reference.sha256}
     with (
@@ -79,7 +81,10 @@ def _score_reference(context: Context) -> None:
             model=context.model_params(plan.reference),
             pairs=str(pairs / "pairs.parquet"),
             out=str(draft.path / "logps.parquet"),
+            sampled=sampled and plan.reference == plan.policy,
         )
+        text = json.dumps(result, indent=2, sort_keys=True) + "\n"
+        (draft.path / "metrics.json").write_text(text)
         draft.rows = result["pairs"]
 
 
@@ -89,8 +94,11 @@ def _train_policy(context: Context) -> None:
     inputs = {
         "policy": plan.policy.sha256,
         "pairs": context.round.manifest("pairs")["sha256"],
-        "reference": context.round.manifest("reference")["sha256"],
     }
+    reference = None
+    if needs_reference(config.train.loss):
+        inputs["reference"] = context.round.manifest("reference")["sha256"]
+        reference = str(context.round.verify("reference") / "logps.parquet")
     if plan.optimizer is not None:
         inputs["optimizer"] = plan.optimizer.sha256
     checkpoint = latest_checkpoint(context)
@@ -105,7 +113,7 @@ def _train_policy(context: Context) -> None:
             on_event=checkpoint_listener(context, bar, inputs),
             model=context.model_params(plan.policy),
             pairs=str(context.round.verify("pairs") / "pairs.parquet"),
-            reference_logps=str(context.round.verify("reference") / "logps.parquet"),
+            reference_logps=reference,
             plan={
                 "beta": plan.beta,
                 "learning_rate": plan.learning_rate,
@@ -119,6 +127,7 @@ def _train_policy(context: Context) -> None:
             optimizer_out=None if optimizer is None else str(optimizer.path),
             checkpoints=str(context.round.path / "checkpoints"),
             resume_from=None if checkpoint is None else str(context.round.path / checkpoint),
+            soft_labels=config.pairs.labels == "soft",
         )
     if optimizer is not None:
         optimizer.facts = {"optimizer_step": result["optimizer_step"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PAIR_COLUMNS = (
+    "pair_id",
+    "prompt_token_ids",
+    "chosen_token_ids",
+    "rejected_token_ids",
+    "p",
+    "margin",
+    "chosen_sampled_logp",
+    "rejected_sampled_logp",
+)
+"""What is read of a table of pairs; the last four may be missing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What training needs of a preference."""
+    """What training needs of a preference.
+
+    `sampled_logps` are the (chosen, rejected) log-probs that the sampling policy gave while it
+    drew the responses, summed; None where one of them has another source.
+    """
 
     pair_id: str
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+    p: float = 1.0
+    margin: float = 0.0
+    sampled_logps: tuple[float, float] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -75,15 +95,13 @@ def length_limit(max_tokens: int | None, model_length: int | None) -> Limit:
 
 def read_pairs(path: Path, limit: Limit) -> tuple[list[Pair], Skipped]:
     """The pairs that fit, in the file's order. Raises NoPairsError where none is left."""
-    columns = ["pair_id", "prompt_token_ids", "chosen_token_ids", "rejected_token_ids"]
-    table = _read_columns(path, columns)
     pairs, skipped = [], Skipped()
-    for pair_id, prompt, chosen, rejected in zip(*table, strict=True):
-        pair = Pair(pair_id, tuple(prompt), tuple(chosen), tuple(rejected))
-        if not (prompt and chosen and rejected):
-            skipped.add("no prompt tokens or no response tokens", pair_id)
+    for row in _read_rows(path):
+        pair = _pair(row)
+        if not (pair.prompt and pair.chosen and pair.rejected):
+            skipped.add("no prompt tokens or no response tokens", pair.pair_id)
         elif limit.exceeded_by(pair.num_tokens):
-            skipped.add(limit.reason, pair_id)
+            skipped.add(limit.reason, pair.pair_id)
         else:
             pairs.append(pair)
     if not pairs:
@@ -92,21 +110,17 @@ def read_pairs(path: Path, limit: Limit) -> tuple[list[Pair], Skipped]:
     return pairs, skipped
 
 
-def read_reference_logps(path: Path, pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """The reference's (chosen, rejected) log-probs of each pair, in nats.
-
-    Raises CorruptError where a pair has none: the table belongs to other pairs.
-    """
-    ids, chosen, rejected = _read_columns(path, ["pair_id", "chosen_logp", "rejected_logp"])
-    by_id = dict(zip(ids, zip(chosen, rejected, strict=True), strict=True))
-    missing = [pair.pair_id for pair in pairs if pair.pair_id not in by_id]
-    if missing:
-        raise CorruptError(
-            f"{path} holds no reference log-probs for {len(missing)} of {len(pairs)} pairs, e.g. "
-            f"{missing[0]}: it was made for other pairs. Score the reference again."
-        )
-    values = [by_id[pair.pair_id] for pair in pairs]
-    return [value[0] for value in values], [value[1] for value in values]
+def _pair(row: Mapping[str, Any]) -> Pair:
+    chosen, rejected = row.get("chosen_sampled_logp"), row.get("rejected_sampled_logp")
+    return Pair(
+        row["pair_id"],
+        tuple(row["prompt_token_ids"]),
+        tuple(row["chosen_token_ids"]),
+        tuple(row["rejected_token_ids"]),
+        p=row.get("p", 1.0),
+        margin=row.get("margin", 0.0),
+        sampled_logps=None if chosen is None or rejected is None else (chosen, rejected),
+    )
 
 
 def read_demonstrations(
@@ -173,9 +187,10 @@ def _no_demonstrations(path: str, skipped: Skipped) -> ConfigError:
     )
 
 
-def _read_columns(path: Path, columns: list[str]) -> list[list[Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """A table of pairs without their texts."""
     try:
-        table = pq.read_table(path, columns=columns)
+        table = pq.read_table(path)
     except FileNotFoundError as error:
         raise CorruptError(f"{path} is missing.") from error
-    return [table.column(name).to_pylist() for name in columns]
+    return list(table.select([n for n in table.column_names if n in PAIR_COLUMNS]).to_pylist())

@@ -1,4 +1,4 @@
-"""Direct preference optimization as an objective of the shared loop."""
+"""Preference optimization as an objective of the shared loop."""
 
 from __future__ import annotations
 
@@ -13,85 +13,147 @@ from torch import Tensor
 from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Pair
 from online_dpo.training.loop import LoopSettings
-from online_dpo.training.losses import LOSSES, implicit_rewards, nll_per_token
+from online_dpo.training.loss_modifiers import wpo_log_weights
 from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
+from online_dpo.training.reference import PairLogps, mismatched
 from online_dpo.training.vocabulary import Terms
 
 
 class DpoObjective:
-    """The preference loss of pairs against recorded reference log-probs (nats, float64)."""
+    """The preference loss of pairs against recorded reference log-probs.
+
+    `reference` is None where the loss needs none.
+    """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
-        reference_chosen_logps: Sequence[float],
-        reference_rejected_logps: Sequence[float],
+        reference: PairLogps | None,
         *,
-        loss: str,
-        beta: float,
-        label_smoothing: float,
-        nll_weight: float,
+        loss: PreferenceLoss,
+        soft_labels: bool = False,
         device: torch.device,
     ) -> None:
+        assert reference is not None or not loss.needs_reference
         self.pairs = pairs
-        self.reference_chosen_logps = torch.tensor(reference_chosen_logps, dtype=torch.float64)
-        self.reference_rejected_logps = torch.tensor(reference_rejected_logps, dtype=torch.float64)
-        self.loss_function = LOSSES[loss]
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.nll_weight = nll_weight
+        self.loss = loss
         self.device = device
         self.sizes = sizes_of([self.sequences(item) for item in range(len(pairs))])
         self.weights = [1] * len(pairs)
-        self.fingerprint = self._fingerprint(loss)
+        self.coupled, self.needs_squares = loss.coupled, loss.needs_wpo
+        self._soft = soft_labels or loss.needs_probs
+        self._reference = None if reference is None else reference.stacked(loss.ld_alpha)
+        self._mismatched = mismatched(pairs) if loss.needs_mismatched else None
+        self.fingerprint = self._fingerprint()
 
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """The chosen and the rejected one of a pair."""
         pair = self.pairs[item]
         return (pair.prompt, pair.chosen), (pair.prompt, pair.rejected)
 
-    def terms(self, logps: Tensor, part: Part) -> Terms:
-        """The summed losses of a part's pairs, and the sums of what is logged."""
-        chosen, rejected = part.sums(logps).chunk(2)  # (B,) each
-        index = torch.tensor(part.items)
-        reference_chosen = self.reference_chosen_logps[index].to(self.device)
-        reference_rejected = self.reference_rejected_logps[index].to(self.device)
-        losses = self.loss_function(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
-        if self.nll_weight:
-            lengths = part.sequence_lengths()[: len(part.items)]
-            losses = losses + self.nll_weight * nll_per_token(chosen, lengths)
-        with torch.no_grad():
-            chosen_rewards = implicit_rewards(chosen, reference_chosen, beta=self.beta)
-            rejected_rewards = implicit_rewards(rejected, reference_rejected, beta=self.beta)
-            margins = chosen_rewards - rejected_rewards
-            metrics = {
-                "margin": margins.sum(),
-                "accuracy": (margins > 0).double().sum(),
-                "chosen_logp": chosen.sum(),
-                "rejected_logp": rejected.sum(),
-                "chosen_reward": chosen_rewards.sum(),
-                "rejected_reward": rejected_rewards.sum(),
-            }
-        return Terms(losses.sum(), metrics)
+    def step_sequences(self, item: int) -> Sequence[TokenPair]:
+        """The same and, where the loss wants it, another pair's response after this prompt."""
+        if self._mismatched is None:
+            return self.sequences(item)
+        return *self.sequences(item), (self.pairs[item].prompt, self._mismatched[item])
 
-    def _fingerprint(self, loss: str) -> str:
-        digest = hashlib.sha256(
-            repr((loss, self.beta, self.label_smoothing, self.nll_weight)).encode()
+    def terms(self, logps: Tensor, part: Part, squares: Tensor | None = None) -> Terms:
+        """The summed losses of a part's pairs, and the sums of what is logged."""
+        lengths = part.sequence_lengths().unflatten(0, (2, -1))  # (2, B)
+        plain = weighted = part.sums(logps).unflatten(0, (2, -1))
+        if self.loss.needs_token_weights:
+            limits = lengths.amin(dim=0).repeat(2)
+            common = part.sums(logps, limits=limits).unflatten(0, (2, -1))
+            weighted = common + self.loss.ld_alpha * (plain - common)
+        wpo = None
+        if squares is not None:
+            wpo = wpo_log_weights(plain, part.sums(squares).unflatten(0, (2, -1)), lengths)
+        losses = self.loss(self._inputs(weighted, part.items, plain=plain, wpo=wpo))
+        return Terms(losses.sum(), self._metrics(weighted, plain, part.items))
+
+    def step_terms(self, logps: Tensor, items: Sequence[int]) -> Terms:
+        """The loss of a whole step, times its pairs, from (2, n) log-probs or (3, n)."""
+        inputs = self._inputs(logps[:2], items, plain=logps[:2], mismatched=logps[2:])
+        losses = self.loss(inputs)
+        return Terms(losses.mean() * len(items), self._metrics(logps[:2], logps[:2], items))
+
+    def _inputs(
+        self,
+        policy: Tensor,
+        items: Sequence[int],
+        *,
+        plain: Tensor,
+        wpo: Tensor | None = None,
+        mismatched: Tensor | None = None,
+    ) -> LossInputs:
+        reference = self._of(items)
+        pairs = [self.pairs[item] for item in items]
+        lengths = self._tensor([[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]])
+        return LossInputs(
+            policy_chosen_logps=policy[0],
+            policy_rejected_logps=policy[1],
+            chosen_lengths=lengths[0],
+            rejected_lengths=lengths[1],
+            reference_chosen_logps=None if reference is None else reference[0],
+            reference_rejected_logps=None if reference is None else reference[1],
+            preference_probs=self._tensor([p.p for p in pairs]) if self._soft else None,
+            margins=self._tensor([p.margin for p in pairs]),
+            chosen_logps_unweighted=plain[0],
+            chosen_wpo_log_weights=None if wpo is None else wpo[0],
+            rejected_wpo_log_weights=None if wpo is None else wpo[1],
+            policy_mismatched_logps=None if self._mismatched is None else _first(mismatched),
+            reference_mismatched_logps=None if self._mismatched is None else _third(reference),
         )
+
+    @torch.no_grad()
+    def _metrics(self, policy: Tensor, plain: Tensor, items: Sequence[int]) -> dict[str, Tensor]:
+        """Sums over pairs. Without a reference a reward is beta * the mean log-prob of a token, as
+        in SimPO (2405.14734, eq. 3)."""
+        reference = self._of(items)
+        if reference is None:
+            pairs = [self.pairs[item] for item in items]
+            counts = [[len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]]
+            chosen, rejected = self.loss.beta * plain / self._tensor(counts)
+        else:
+            chosen, rejected = self.loss.beta * (policy - reference[:2])
+        return {
+            "margin": (chosen - rejected).sum(),
+            "accuracy": (chosen > rejected).double().sum(),
+            "chosen_logp": plain[0].sum(),
+            "rejected_logp": plain[1].sum(),
+            "chosen_reward": chosen.sum(),
+            "rejected_reward": rejected.sum(),
+        }
+
+    def _of(self, items: Sequence[int]) -> Tensor | None:
+        """(2, B), or (3, B), reference log-probs."""
+        if self._reference is None:
+            return None
+        return self._reference[:, torch.tensor(items)].to(self.device)
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.loss, self._soft)).encode())
         for pair in self.pairs:
-            digest.update(pair.pair_id.encode())
+            digest.update(repr((pair.pair_id, pair.p, pair.margin)).encode())
             for ids in (pair.prompt, pair.chosen, pair.rejected):
                 digest.update(np.array([len(ids), *ids]).tobytes())
-        digest.update(self.reference_chosen_logps.numpy().tobytes())
-        digest.update(self.reference_rejected_logps.numpy().tobytes())
+        if self._reference is not None:
+            digest.update(self._reference.numpy().tobytes())
         return digest.hexdigest()
+
+
+def _first(rows: Tensor | None) -> Tensor:
+    assert rows is not None and len(rows) == 1
+    return rows[0]
+
+
+def _third(rows: Tensor | None) -> Tensor:
+    assert rows is not None and len(rows) == 3, "the reference was not scored for this loss"
+    return rows[2]
 
 
 def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSettings:

@@ -26,11 +26,17 @@ from online_dpo.training.data import (
     length_limit,
     read_demonstrations,
     read_pairs,
-    read_reference_logps,
 )
 from online_dpo.training.loop import Emit, train
+from online_dpo.training.preference_loss import PreferenceLoss
 from online_dpo.training.prompts import write_prompts
-from online_dpo.training.reference import score_pairs, score_sequences, write_reference_logps
+from online_dpo.training.reference import (
+    read_reference_logps,
+    score_pairs,
+    score_sequences,
+    score_unsampled,
+    write_reference_logps,
+)
 from online_dpo.training.sft import SftObjective
 from online_dpo.training.sft import loop_settings as sft_loop_settings
 from online_dpo.training.sft import summarize as summarize_sft
@@ -181,17 +187,34 @@ class Trainer:
         return {"logps": logps}
 
     def score_reference(
-        self, *, emit: Emit, model: Mapping[str, str], pairs: str, out: str
+        self,
+        *,
+        emit: Emit,
+        model: Mapping[str, str],
+        pairs: str,
+        out: str,
+        sampled: bool = False,
     ) -> dict[str, Any]:
-        """Write the reference's log-probs of each pair that training will not skip to `out`."""
+        """Write the reference's log-probs of each pair that training will not skip to `out`.
+
+        With `sampled` the log-probs that the sampler gave serve where a pair has them, and the
+        result states how far they are from ours.
+        """
         loaded = self.models.get(Path(model["path"]), model["sha256"])
         kept, skipped = read_pairs(Path(pairs), self._limit(loaded.model))
-        chosen, rejected = score_pairs(
-            loaded, kept, batch_tokens=self._batch_tokens, accelerator=self.accelerator, emit=emit
+        loss = PreferenceLoss.from_config(self.train_config)
+        score = score_unsampled if sampled else score_pairs
+        logps, error = score(
+            loaded,
+            kept,
+            batch_tokens=self._batch_tokens,
+            accelerator=self.accelerator,
+            emit=emit,
+            with_mismatched=loss.needs_mismatched,
         )
         if self._first:
-            write_reference_logps(Path(out), kept, chosen, rejected)
-        return {"pairs": len(kept), **_skipped(skipped)}
+            write_reference_logps(Path(out), kept, logps)
+        return {"pairs": len(kept), **error, **_skipped(skipped)}
 
     def sft(
         self,
@@ -236,30 +259,29 @@ class Trainer:
         emit: Emit,
         model: Mapping[str, str],
         pairs: str,
-        reference_logps: str,
+        reference_logps: str | None,
         plan: Mapping[str, Any],
         optimizer: str | None,
         out: str,
         optimizer_out: str | None,
         checkpoints: str,
         resume_from: str | None,
+        soft_labels: bool = False,
     ) -> dict[str, Any]:
         """Train one round; write the policy folder `out` and, where given, `optimizer_out`.
 
-        `plan` has beta, learning_rate, seed, round, rounds and optimizer_step.
+        `plan` has beta, learning_rate, seed, round, rounds and optimizer_step. `reference_logps` is
+        None for a loss without a reference; with `soft_labels` the judge's p reaches the loss.
         """
         folder = Path(model["path"])
         policy = self.models.take(folder, model["sha256"])
         kept, skipped = read_pairs(Path(pairs), self._limit(policy.model))
-        chosen, rejected = read_reference_logps(Path(reference_logps), kept)
+        reference = _path(reference_logps)
         objective = dpo.DpoObjective(
             kept,
-            chosen,
-            rejected,
-            loss=self.train_config["loss"],
-            beta=plan["beta"],
-            label_smoothing=self.train_config["label_smoothing"],
-            nll_weight=self.train_config["nll_weight"],
+            None if reference is None else read_reference_logps(reference, kept),
+            loss=PreferenceLoss.from_config({**self.train_config, "beta": plan["beta"]}),
+            soft_labels=soft_labels,
             device=policy.device,
         )
         trained = train(
@@ -276,6 +298,7 @@ class Trainer:
             "steps": trained.steps,
             "optimizer_step": plan["optimizer_step"] + trained.steps,
             "pairs": len(kept),
+            "layout": policy.layout,
             **_skipped(skipped),
             **dpo.summarize(trained.metrics),
         }

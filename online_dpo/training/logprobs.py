@@ -63,6 +63,13 @@ class LogProbModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def layout(self) -> str:
+        """How sequences are laid out, for people."""
+        if self.shares:
+            return "shared: a prompt is encoded once for its responses, without padding"
+        return f"padded rows, one for each response: {self.why_not_shared}"
+
     def pack(self, items: Sequence[int], sequences: Sequence[Sequence[TokenPair]]) -> Batch:
         """The batch of `items`, each with its sequences, as this model takes it."""
         vocab_size = self.model.config.get_text_config().vocab_size
@@ -75,21 +82,25 @@ class LogProbModel(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, part_loss: PartLoss | None = None
+        self, batch: Batch, part_loss: PartLoss | None = None, *, squares: bool = False
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """(N,) log-probs of all response tokens, or the loss summed over parts and its metrics.
 
-        With `part_loss` the gradient is made beside the loss; without it there is none.
+        With `part_loss` the gradient is made beside the loss; without it there is none. `squares`
+        says whether it is given log sum_v p(v)^2 too.
         """
         with self._autocast():
             if not self.projects:
-                logps = self._whole_logps(batch)
-                return logps if part_loss is None else _plain(_sum_parts(logps, batch, part_loss))
+                logits = self._logits(batch)
+                if part_loss is None:
+                    return _logps(logits, batch.targets)
+                return _plain(_sum_parts(logits, batch, part_loss, squares))
             hidden = self._hidden(batch)
             head: nn.Module = self.model.get_output_embeddings()
             if part_loss is None:
                 return token_logps(hidden, head, batch.targets)
-            return _plain(fused_terms(hidden, head, batch.targets, batch.parts, part_loss))
+            given = (hidden, head, batch.targets, batch.parts, part_loss)
+            return _plain(fused_terms(*given, squares=squares))
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -106,13 +117,14 @@ class LogProbModel(nn.Module):
         hidden: Tensor = out.last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.positions)
 
-    def _whole_logps(self, batch: Batch) -> Tensor:
-        """(N,) log-probs with a gradient, from the model's own logits."""
+    def _logits(self, batch: Batch) -> Tensor:
+        """(N, V), with a gradient, from the whole model."""
+        logits: Tensor
         if batch.sharing is None:
             logits = self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.positions]
         else:
             logits = self.model(**_inputs(batch), logits_to_keep=batch.positions).logits[0]
-        return _logps(logits, batch.targets)
+        return logits
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(
@@ -192,11 +204,16 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return inputs if batch.sharing is None else {**inputs, "sharing": batch.sharing}
 
 
-def _sum_parts(logps: Tensor, batch: Batch, part_loss: PartLoss) -> Terms:
-    """The terms of all parts from log-probs (N,) that carry a gradient."""
+def _sum_parts(logits: Tensor, batch: Batch, part_loss: PartLoss, squares: bool) -> Terms:
+    """The terms of all parts from logits (N, V) that carry a gradient."""
+    logps = _logps(logits, batch.targets)
+    log_squares = None
+    if squares:
+        log_squares = (2.0 * logits.detach().float().log_softmax(1)).logsumexp(1)
     totals: dict[str, Tensor] = {}
     for part in batch.parts:
-        terms = part_loss(logps[part.start : part.stop], part)
+        own = slice(part.start, part.stop)
+        terms = part_loss(logps[own], part, None if log_squares is None else log_squares[own])
         for name, value in {"": terms.loss, **terms.metrics}.items():
             totals[name] = totals[name] + value if name in totals else value
     return Terms(totals.pop(""), totals)

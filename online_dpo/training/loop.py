@@ -20,17 +20,16 @@ from online_dpo.training.checkpoints import (
     load_optimizer,
     save_checkpoint,
 )
+from online_dpo.training.coupling import couple
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
-from online_dpo.training.packing import Batch, Part, TokenPair
-from online_dpo.training.vocabulary import Terms
+from online_dpo.training.packing import Pack, Part, TokenPair
+from online_dpo.training.vocabulary import PartLoss, Terms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Emit = Callable[[dict[str, Any]], None]
-
-Pack = Callable[[Sequence[int], Sequence[Sequence[TokenPair]]], Batch]
 
 
 class Objective(Protocol):
@@ -51,8 +50,16 @@ class Objective(Protocol):
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """What is scored of an item: sequences of one prompt, for every item equally many."""
 
-    def terms(self, logps: Tensor, part: Part) -> Terms:
+    @property
+    def needs_squares(self) -> bool:
+        """Whether `terms` takes log sum_v p(v)^2 of each token too."""
+
+    def terms(self, logps: Tensor, part: Part, squares: Tensor | None = None) -> Terms:
         """Sums over a part's items, from the (n,) log-probs of its response tokens."""
+
+    @property
+    def coupled(self) -> bool:
+        """Whether an item's loss depends on the step's other items; it is then a StepObjective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +192,19 @@ def _take_step(
     )
     total = sum(objective.weights[item] for item in step.items)
     sums: dict[str, Tensor] = {}
+    terms: PartLoss = objective.terms
+    if objective.coupled:
+        terms, sums = couple(model, pack, objective, step.items, batches, accelerator)
     for index, micro in enumerate(batches):
         last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             batch = pack(micro.items, [objective.sequences(item) for item in micro.items])
-            loss, metrics = model(batch, objective.terms)
+            loss, metrics = model(batch, terms, squares=objective.needs_squares)
             # Data parallelism averages over processes; the mean wanted is over the step's items.
             scale = accelerator.num_processes / total if micro.real else 0.0
             accelerator.backward(loss * scale)
+        if objective.coupled:
+            continue  # its figures are those of the step
         for name, value in {"loss": loss.detach(), **metrics}.items():
             counted = value.double() * micro.real
             sums[name] = sums[name] + counted if name in sums else counted

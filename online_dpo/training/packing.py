@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,17 @@ class Part:
     index: Tensor
     lengths: tuple[int, ...]
 
-    def sums(self, values: Tensor) -> Tensor:
-        """(S,) float64 sums over response tokens of `values` (n,), for each sequence asked for.
+    def sums(self, values: Tensor, *, limits: Tensor | None = None) -> Tensor:
+        """(S,) float64 sums of `values` (n,) over the tokens of each sequence asked for.
 
-        A sum of some hundred nats has few digits left in float32, and margins are differences.
+        `limits` (S,) counts the first tokens of each to sum. A sum of some hundred nats has few
+        digits left in float32, and margins are differences of sums.
         """
-        return self.rows(values).sum(dim=1)[self.index]
+        rows = self.rows(values)
+        if limits is None:
+            return rows.sum(dim=1)[self.index]
+        counted = torch.arange(rows.shape[1], device=rows.device) < limits[:, None]
+        return (rows[self.index] * counted).sum(dim=1)
 
     def rows(self, values: Tensor) -> Tensor:
         """(U, R) float64: `values` (n,) by response, zeros at the right."""
@@ -81,6 +86,10 @@ class Batch:
     targets: Tensor
     parts: tuple[Part, ...]
     sharing: Sharing | None
+
+
+Pack = Callable[[Sequence[int], Sequence[Sequence[TokenPair]]], Batch]
+"""Makes the batch of items from what is scored of each."""
 
 
 @dataclass(slots=True)

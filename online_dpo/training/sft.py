@@ -23,6 +23,7 @@ class SftObjective:
         self.demonstrations = demonstrations
         self.sizes = sizes_of([self.sequences(item) for item in range(len(demonstrations))])
         self.weights = [len(d.response) for d in demonstrations]
+        self.needs_squares = self.coupled = False
         digest = hashlib.sha256()
         for demonstration in demonstrations:
             for ids in (demonstration.prompt, demonstration.response):
@@ -34,7 +35,7 @@ class SftObjective:
         demonstration = self.demonstrations[item]
         return ((demonstration.prompt, demonstration.response),)
 
-    def terms(self, logps: Tensor, part: Part) -> Terms:
+    def terms(self, logps: Tensor, part: Part, squares: Tensor | None = None) -> Terms:
         """The summed negative log-likelihood of a part's response tokens."""
         return Terms(-part.sums(logps).sum(), {})
 

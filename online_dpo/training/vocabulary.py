@@ -27,8 +27,9 @@ class Terms:
     metrics: Mapping[str, Tensor]
 
 
-PartLoss = Callable[[Tensor, Part], Terms]
-"""The terms of a part from the (n,) float32 log-probs of its response tokens."""
+PartLoss = Callable[[Tensor, Part, Tensor | None], Terms]
+"""The terms of a part from (n,) float32 values of its response tokens: their log-probs and, where
+they are asked for, log sum_v p(v)^2 over the vocabulary, which take no gradient."""
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
@@ -48,7 +49,13 @@ def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
 
 
 def fused_terms(
-    hidden: Tensor, head: nn.Module, targets: Tensor, parts: Sequence[Part], part_loss: PartLoss
+    hidden: Tensor,
+    head: nn.Module,
+    targets: Tensor,
+    parts: Sequence[Part],
+    part_loss: PartLoss,
+    *,
+    squares: bool = False,
 ) -> Terms:
     """The summed terms of all parts, from hidden states (N, H), (N,) targets and the output head.
 
@@ -59,7 +66,7 @@ def fused_terms(
     """
     names: list[str] = []
     apply: Any = _Fused.apply
-    loss, *values = apply(hidden, *_weights(head), targets, parts, part_loss, names)
+    loss, *values = apply(hidden, *_weights(head), targets, parts, part_loss, squares, names)
     return Terms(loss, dict(zip(names, values, strict=True)))
 
 
@@ -75,13 +82,14 @@ class _Fused(torch.autograd.Function):
         targets: Tensor,
         parts: Sequence[Part],
         part_loss: PartLoss,
+        squares: bool,
         names: list[str],
     ) -> tuple[Tensor, ...]:
         dtype = _compute_dtype(hidden)
         work = _Work(hidden.to(dtype), weight.to(dtype), bias, targets, weight, ctx)
         totals: dict[str, Tensor] = {}
         for part in parts:
-            terms = work.do(part, part_loss)
+            terms = work.do(part, part_loss, squares)
             for name, value in {"": terms.loss.detach(), **terms.metrics}.items():
                 totals[name] = totals[name] + value if name in totals else value
         wide = None if work.grad_hidden is None else work.grad_hidden.to(hidden.dtype)
@@ -95,7 +103,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
         del ctx.grads
-        return (*grads, None, None, None, None)
+        return (*grads, *[None] * 5)
 
 
 class _Work:
@@ -118,19 +126,21 @@ class _Work:
         self.grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         self.size = chunk_tokens(weight.shape[0], hidden.device)
 
-    def do(self, part: Part, part_loss: PartLoss) -> Terms:
+    def do(self, part: Part, part_loss: PartLoss, squares: bool) -> Terms:
         chunks = [
             slice(i, min(i + self.size, part.stop)) for i in range(part.start, part.stop, self.size)
         ]
         kept = None
-        logps = []
+        logps, norms = [], []
         for chunk in chunks:
             values, probs = self.softmax(chunk)
             logps.append(values)
+            if squares:
+                norms.append(torch.linalg.vector_norm(probs, dim=1))
             kept = probs if len(chunks) == 1 else None
         with torch.enable_grad():
             leaf = torch.cat(logps).requires_grad_()
-            terms = part_loss(leaf, part)
+            terms = part_loss(leaf, part, 2.0 * torch.cat(norms).log() if squares else None)
             (grads,) = torch.autograd.grad(terms.loss, leaf)
         for chunk in chunks:
             share = grads[chunk.start - part.start : chunk.stop - part.start]
