@@ -122,7 +122,8 @@ class _Work:
         self.bias = bias
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         self.grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        self.grad_weight = torch.zeros_like(master) if wants_weight else None
+        wide = torch.promote_types(master.dtype, torch.float32)  # sharded weights are bfloat16
+        self.grad_weight = torch.zeros_like(master, dtype=wide) if wants_weight else None
         self.grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         self.size = chunk_tokens(weight.shape[0], hidden.device)
 
