@@ -352,6 +352,12 @@ class TrainConfig(Section):
     """Optimizer steps between checkpoints; 0 keeps none."""
     num_processes: Count = 1
     """Training processes, started by `accelerate launch` where more than one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: ddp gives each the whole model, fsdp (FSDP2) shards
+    weights, gradients and the optimizer's state, for models larger than one GPU."""
+    gradient_sync: Literal["step", "micro_batch"] = "step"
+    """When gradients are summed over processes; with fsdp, once a step holds a whole float32
+    gradient in each process, once a micro-batch only its shard."""
     devices: list[int] | None = None
     """GPUs of the trainer; None takes what compute.layout gives."""
     listen: str | None = None
@@ -365,6 +371,26 @@ class TrainConfig(Section):
         problem = next(loss_problems(self.model_dump(), default_beta=default_beta), None)
         if problem is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _parallel(self) -> TrainConfig:
+        if self.parallel == "fsdp" and self.num_processes == 1:
+            raise ValueError(
+                "train.parallel: fsdp shards a model over several processes, and "
+                "train.num_processes is 1; give it one for each GPU, or leave train.parallel out"
+            )
+        if self.gradient_sync == "micro_batch" and self.parallel != "fsdp":
+            raise ValueError(
+                "train.gradient_sync: micro_batch saves memory with train.parallel: fsdp alone; "
+                "ddp sums gradients once a step"
+            )
+        foreign = [key for key in self.launch if key.startswith(("use_", "fsdp_"))]
+        if foreign:
+            raise ValueError(
+                f"train.launch.{foreign[0]} is a strategy of Accelerate's own, which this trainer "
+                "does not use; to shard the model set train.parallel: fsdp"
+            )
         return self
 
 

@@ -35,8 +35,20 @@ OPERATIONAL = (
     "campaign.retention",
     "campaign.save_policy_every",
     "train.checkpoint_every",
+    "train.listen",
+    "train.launch.main_process_ip",
+    "train.launch.main_process_port",
 )
 """Settings that may change between starts: they do not change what is committed."""
+
+ROUNDING = (
+    "train.num_processes",
+    "train.parallel",
+    "train.gradient_sync",
+    "train.devices",
+    "train.launch",
+)
+"""Settings that change results by rounding alone, and that a step checkpoint does not depend on."""
 
 FROZEN = (
     "model",
@@ -119,7 +131,8 @@ def check_changes(
             f"{_diff(frozen)}\nStart another campaign with them instead."
         )
     for round_dir in folder.rounds():
-        late = {k: v for k, v in fixed.items() if _is_late(round_dir, k)}
+        rest = {k: v for k, v in fixed.items() if not k.startswith(ROUNDING)}
+        late = {k: v for k, v in rest.items() if _is_late(round_dir, k)}
         if late:
             raise DriftError(
                 f"Round {round_dir.number} has come past the point where these count:\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,6 +70,37 @@ def load_model(
         )
     ready: PreTrainedModel = model.to(device).eval()
     return ready
+
+
+def empty_model(
+    config: PreTrainedConfig, *, attention: str = "sdpa", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal language model of a config, float32, in evaluation mode, without memory: all its
+    tensors are on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config),  # It is written to.
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+        )
+    made: PreTrainedModel = model.eval()
+    return made
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of the model in a folder. Raises ConfigError naming the folder and the cause."""
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise _not_loaded("model", folder, error) from error
+    return config
 
 
 def load_tokenizer(
@@ -203,10 +235,12 @@ def copy_tokenizer(
             shutil.copyfile(path, target)
 
 
+@torch.no_grad()
 def round_weights(model: PreTrainedModel, dtype: Dtype) -> None:
-    """What `save_model` does to the weights in memory, for the processes that write nothing."""
+    """Give the weights in memory the values that a file of this type holds, in every process."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype)).to(parameter.dtype)
+        # In place: fully_shard keeps views of the memory that a sharded weight has.
+        parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -239,15 +273,7 @@ def folder_max_length(folder: Path, *, trust_remote_code: bool = False) -> int |
 
     Raises ConfigError naming the folder and the cause.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise _not_loaded("model", folder, error) from error
-    return _max_length(config)
+    return _max_length(read_config(folder, trust_remote_code=trust_remote_code))
 
 
 def _max_length(config: PreTrainedConfig) -> int | None:

@@ -53,7 +53,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_tiny_model(folder: Path, architecture: str, *, seed: int = 0) -> Path:
+def make_tiny_model(folder: Path, architecture: str, *, seed: int = 0, **changes: int) -> Path:
     """Write a random model of some 100k parameters; the Qwen2 one has tied embeddings."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -71,6 +71,7 @@ def make_tiny_model(folder: Path, architecture: str, *, seed: int = 0) -> Path:
         "bos_token_id": None,
         "eos_token_id": 0,
         "pad_token_id": 1,
+        **changes,
     }
     torch.manual_seed(seed)
     if architecture == "llama":

@@ -90,6 +90,12 @@ def test_unsafe_tags_are_refused(minimal: Path) -> None:
         ("model: {}\n", "the key 'model' stands here a second time"),
         ("sampling: {temperature: 0}\n", "greedy decoding"),
         ("reference: {promote: sometimes}\n", "'every_round' or 'never'"),
+        ("train: {parallel: fsdp}\n", "over several processes, and train.num_processes is 1"),
+        ("train: {gradient_sync: micro_batch}\n", "ddp sums gradients once a step"),
+        (
+            "train: {num_processes: 2, launch: {use_fsdp: true}}\n",
+            "to shard the model set train.parallel: fsdp",
+        ),
     ],
 )
 def test_errors_name_the_line_and_the_key(minimal: Path, text: str, expected: str) -> None:
@@ -165,6 +171,7 @@ def test_every_shipped_config_parses() -> None:
     names = {path.name for path in shipped}
     assert {"quickstart.yaml", "arithmetic.yaml", "hackable.yaml"} <= names
     assert {"llm_judge.yaml", "reward_model.yaml", "online.yaml", "multi_gpu.yaml"} <= names
+    assert "fsdp.yaml" in names
     for path in shipped:
         load_config(path)
         assert path.read_text().startswith("#"), f"{path.name} has no header"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_readme import DOCS, block
 from tiny import digests, in_child, tiny_config
 
 from online_dpo.config import Config
-from online_dpo.config_file import config_from_dict
+from online_dpo.config_file import config_from_dict, dump_yaml
 from online_dpo.crew import choose_sampler, trainer_launcher
 from online_dpo.errors import ConfigError
 from online_dpo.store import RunDir
@@ -63,9 +64,10 @@ def run_it(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_two_training_processes_run_a_campaign(tmp_path: Path) -> None:
+def test_two_processes_that_shard_the_policy_run_a_campaign(tmp_path: Path) -> None:
     one = tiny_config(tmp_path / "one" / "run", campaign={"rounds": 1})
-    two = tiny_config(tmp_path / "two" / "run", campaign={"rounds": 1}, train={"num_processes": 2})
+    sharded = {"num_processes": 2, "parallel": "fsdp"}
+    two = tiny_config(tmp_path / "two" / "run", campaign={"rounds": 1}, train=sharded)
     assert in_child(run_it, one) == 0
     assert in_child(run_it, two, timeout_s=280) == 0
     single, double = (RunDir(tmp_path / name / "run") for name in ("one", "two"))
@@ -83,47 +85,68 @@ def test_two_training_processes_run_a_campaign(tmp_path: Path) -> None:
     assert digests(double.path)
 
 
-def run_with_token(config: dict[str, Any], token: str) -> None:
-    os.environ["ONLINE_DPO_TOKEN"] = token
-    run_it(config)
+SCONTROL = """#!/bin/bash
+printf '127.0.0.1\\n127.0.0.1\\n'
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_PROCID=0 setsid "$@" &
+trap "kill -KILL -- -$!" TERM
+wait
+"""
+"""Slurm's part on one machine: a step with a process group of its own."""
+
+ACCELERATE = """#!/bin/bash
+exec python -m accelerate.commands.accelerate_cli "$@"
+"""
+"""Wherever it is installed."""
 
 
-@pytest.mark.timeout(300)
-def test_a_second_machine_joins_the_training(tmp_path: Path) -> None:
-    """Two launchers on this machine, the second started by hand as on another one."""
-    ports = [_free_port(), _free_port()]
+@pytest.mark.timeout(400)
+def test_a_second_machine_joins_the_training_as_the_docs_have_it(tmp_path: Path) -> None:
+    """The job of gpus.md with two launchers on this machine; submitted again, it resumes."""
     run = tmp_path / "run"
-    launch = {
-        "num_machines": 2,
-        "machine_rank": 0,
-        "main_process_ip": "127.0.0.1",
-        "main_process_port": ports[0],
-    }
-    settings = tiny_config(
-        run,
-        campaign={"rounds": 1},
-        train={"num_processes": 2, "listen": f"127.0.0.1:{ports[1]}", "launch": launch},
-    )
-    environment = {
-        **os.environ,
-        "ONLINE_DPO_SOCKET": f"tcp:127.0.0.1:{ports[1]}",
-        "ONLINE_DPO_TOKEN": "a shared secret",
-        "ONLINE_DPO_RUN": str(tmp_path),
-    }
-    options = {**launch, "machine_rank": 1, "num_processes": 2, "mixed_precision": "no"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    command += ["--dynamo_backend", "no", "-m", "online_dpo.worker_main"]
-    other = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        assert in_child(run_with_token, settings, "a shared secret", timeout_s=280) == 0
-        assert other.wait(timeout=60) != 0
-    finally:
-        if other.poll() is None:
-            os.killpg(other.pid, signal.SIGKILL)
-    assert RunDir(run).round(1).has("policy")
+    (tmp_path / "tiny.yaml").write_text(dump_yaml(tiny_config(run, campaign={"rounds": 1})))
+    job = block(DOCS / "gpus.md", "bash", "#SBATCH")
+    for old, new in {
+        "CONFIG=fsdp.yaml": f"CONFIG={tmp_path / 'tiny.yaml'}",
+        "RUN=runs/fsdp": f"RUN={run}",
+        "GPUS=8": "GPUS=1",
+        "PORT=29500": f"PORT={_two_free_ports()}",
+    }.items():
+        assert old in job
+        job = job.replace(old, new)
+    programs = {"job": job, "scontrol": SCONTROL, "srun": SRUN, "accelerate": ACCELERATE}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
+    for _ in range(2):
+        with subprocess.Popen(
+            ["bash", str(tmp_path / "job")],
+            env={**os.environ, **slurm, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=180)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        assert process.returncode == 0, output
+    assert RunDir(run).round(1).finished
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def _two_free_ports() -> int:
+    """The first of two neighbours."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = int(server.getsockname()[1])
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except (OSError, OverflowError):
+                continue
+            return port

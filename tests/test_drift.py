@@ -58,6 +58,18 @@ def test_training_that_has_begun_keeps_its_settings(stopped: RunDir, name: str) 
         check(stopped, "train.max_grad_norm")
 
 
+def test_processes_change_inside_a_round_when_accepted(stopped: RunDir) -> None:
+    with stopped.round(3).commit("reference", inputs={}) as draft:
+        (draft.path / "x").write_text("x")
+    with pytest.raises(DriftError, match="come past"):
+        check(stopped, "train.micro_batch_size")
+    for key in ("train.num_processes", "train.parallel", "train.launch.num_machines"):
+        check(stopped, key)
+        with pytest.raises(DriftError, match="This changes"):
+            check(stopped, key, accept=False)
+    check(stopped, "train.launch.main_process_ip", accept=False)
+
+
 def test_what_it_has_not_used_yet_changes_when_accepted(stopped: RunDir) -> None:
     check(stopped, "train.micro_batch_tokens")
     check(stopped, "evaluation.examples")

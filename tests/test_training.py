@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing.context
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pytest
 import torch
 import trainer_calls
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer_calls import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,8 +25,6 @@ from online_dpo.config import SftConfig
 from online_dpo.errors import ConfigError, CorruptError, DivergedError, DriftError, NoPairsError
 from online_dpo.models import load_model
 from online_dpo.training.handler import Trainer
-
-DRIVER = Path(__file__).with_name("trainer_calls.py")
 
 
 def ignore(event: dict[str, Any]) -> None:
@@ -386,6 +381,25 @@ def test_a_checkpoint_of_other_settings_is_refused(folder: Path, tiny_llama: Pat
         trainer.dpo(emit=ignore, **arguments)
 
 
+def test_a_checkpoint_of_another_model_is_refused(
+    folder: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(settings(batch_size=4, checkpoint_every=1))
+    trainer.dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
+    checkpoint = folder / "policy-checkpoints" / "step-000001.partial"
+    arguments = dpo_arguments(folder, tiny_llama, resume_from=str(checkpoint))
+    name, weights_file = "model.norm.weight", checkpoint / "model.safetensors"
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    del moments[f"{name}.exp_avg"]
+    save_file(moments, checkpoint / "optimizer.safetensors")
+    with pytest.raises(CorruptError, match=f"{name}.exp_avg is on one side only"):
+        trainer.dpo(emit=ignore, **arguments)
+    weights = load_file(weights_file)
+    save_file({**weights, name: weights[name][:-1].clone()}, weights_file)
+    with pytest.raises(CorruptError, match=rf"{name} has the shape \[63\], here \[64\]"):
+        trainer.dpo(emit=ignore, **arguments)
+
+
 def test_scores_are_in_the_order_given(tiny_llama: Path) -> None:
     trainer = Trainer(settings(micro_batch_size=1))
     sequences = [{"prompt": [5] * n, "response": list(range(2, 2 + n))} for n in (4, 1, 3, 2)]
@@ -450,24 +464,16 @@ def test_no_demonstrations(tmp_path: Path, tiny_llama: Path) -> None:
         Trainer(settings()).sft(emit=ignore, **sft_arguments(tmp_path, tiny_llama))
 
 
-@pytest.fixture(scope="module")
-def fork_server() -> multiprocessing.context.ForkServerContext:
-    """Starts fresh processes that need not import torch again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer_calls", "transformers.models.llama.modeling_llama"])
-    return context
-
-
-def test_killed_and_resumed_is_byte_equal(
-    tmp_path: Path, tiny_llama: Path, fork_server: multiprocessing.context.ForkServerContext
-) -> None:
+def test_killed_and_resumed_is_byte_equal(tmp_path: Path, tiny_llama: Path) -> None:
     """SIGKILL at a step checkpoint of SFT and of DPO, resumed by a fresh process."""
     write_demonstrations(tmp_path / "demonstrations.jsonl", 50)
     write_pairs(tmp_path / "pairs.parquet", 30)
     score_reference(tmp_path, tiny_llama)
 
     def exit_status(job: dict[str, Any]) -> int | None:
-        process = fork_server.Process(target=trainer_calls.run, args=(job, tmp_path / "out"))
+        process = trainer_calls.fork_server().Process(
+            target=trainer_calls.run, args=([job], tmp_path / "out")
+        )
         process.start()
         process.join(120)
         return process.exitcode
@@ -497,62 +503,6 @@ def test_killed_and_resumed_is_byte_equal(
         assert exit_status({"settings": options, "calls": [[method, resumed]]}) == 0
         assert contents(tmp_path / name) == contents(tmp_path / f"{method}-whole")
     assert contents(tmp_path / "dpo-cut-optimizer") == contents(tmp_path / "dpo-whole-optimizer")
-
-
-LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
-"""Two processes on CPU: with `--cpu` accelerate starts one, whatever --num_processes says."""
-
-
-def test_two_processes_are_as_one(tmp_path: Path, tiny_llama: Path) -> None:
-    """Seven pairs in steps of five, micro-batches of two: uneven everywhere. Then, one process goes
-    on from a checkpoint that two wrote."""
-    write_pairs(tmp_path / "pairs.parquet", 7)
-    write_demonstrations(tmp_path / "demonstrations.jsonl", 11)
-    common = {"batch_size": 5, "micro_batch_size": 2, "checkpoint_every": 1, "epochs": 2}
-
-    def calls(name: str, reference: str) -> list[list[Any]]:
-        path = str(tmp_path / reference)
-        scored = {"model": ref(tiny_llama), "pairs": str(tmp_path / "pairs.parquet"), "out": path}
-        sequences = [{"prompt": [5], "response": [6, 7]}]
-        return [
-            ["score_reference", scored],
-            ["score", {"model": ref(tiny_llama), "sequences": sequences}],
-            ["sft", sft_arguments(tmp_path, tiny_llama, f"sft-{name}")],
-            ["dpo", dpo_arguments(tmp_path, tiny_llama, name, reference_logps=path)],
-        ]
-
-    two = {"settings": settings(num_processes=2, **common), "calls": calls("two", "ref-two")}
-    (tmp_path / "two.json").write_text(json.dumps(two))
-    command = [sys.executable, *LAUNCH, str(DRIVER), "two.json", "two.out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    trainer = Trainer(settings(**common))
-    one = [getattr(trainer, m)(emit=ignore, **kw) for m, kw in calls("one", "ref-one")]
-    both = json.loads((tmp_path / "two.out").read_text())
-    assert both["results"][1]["logps"][0] == pytest.approx(one[1]["logps"][0], abs=1e-5)
-    assert both["results"][3]["steps"] == 4
-    for name in ("first_loss", "last_loss", "last_margin", "last_grad_norm"):
-        assert both["results"][3][name] == pytest.approx(one[3][name], abs=1e-4)
-    assert [e["step"] for e in both["events"] if e["event"] == "checkpoint"] == [1, 2, 3]
-    checkpoint = tmp_path / "two-checkpoints" / "step-000002.partial"
-    arguments = dpo_arguments(
-        tmp_path,
-        tiny_llama,
-        "mixed",
-        reference_logps=str(tmp_path / "ref-two"),
-        resume_from=str(checkpoint),
-    )
-    trainer.dpo(emit=ignore, **arguments)
-    for pair in (("two", "one"), ("sft-two", "sft-one"), ("two", "mixed")):
-        left, right = (load_file(tmp_path / name / "model.safetensors") for name in pair)
-        for key, tensor in left.items():
-            torch.testing.assert_close(tensor, right[key], atol=2e-4, rtol=0)
-    start = load_file(tiny_llama / "model.safetensors")
-    moved = max(float((start[k] - t).abs().max()) for k, t in left.items())
-    assert moved > 1e-3, "the tolerance above would accept untrained weights"
 
 
 def test_processes_that_did_not_start_are_noticed() -> None:

@@ -7,9 +7,11 @@ import gc
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from online_dpo.models import enable_gradient_checkpointing, load_model
 from online_dpo.training.logprobs import LogProbModel, Precision
+from online_dpo.training.sharding import load_sharded
 
 SMALL_BYTES = 200_000_000
 """On a CPU, models below this (50M float32 parameters) stay in memory beside the policy."""
@@ -32,12 +34,15 @@ class ModelCache:
         precision: Precision,
         trust_remote_code: bool,
         gradient_checkpointing: bool,
+        mesh: DeviceMesh | None = None,
     ) -> None:
+        """With a mesh, every model is sharded over its processes, which make the same calls."""
         self.device = device
         self.attention = attention
         self.precision = precision
         self.trust_remote_code = trust_remote_code
         self.gradient_checkpointing = gradient_checkpointing
+        self.mesh = mesh
         self._policy: LogProbModel | None = None
         self._policy_sha256: str | None = None
         self._small: dict[str, LogProbModel] = {}
@@ -49,7 +54,7 @@ class ModelCache:
         if sha256 in self._small:
             self._small[sha256] = self._small.pop(sha256)  # the latest used is the last to go
             return self._small[sha256]
-        if self.device.type == "cpu" and _weight_bytes(folder) < SMALL_BYTES:
+        if self.mesh is None and self.device.type == "cpu" and _weight_bytes(folder) < SMALL_BYTES:
             while len(self._small) >= NUM_SMALL:
                 del self._small[next(iter(self._small))]
             self._small[sha256] = self._load(folder)
@@ -76,7 +81,7 @@ class ModelCache:
     def release(self) -> None:
         """Free the device: the policy moves to the CPU's memory, the others are dropped."""
         self._small.clear()
-        if self._policy is not None and self.device.type != "cpu":
+        if self._policy is not None:
             self._policy.to("cpu")
         _collect()
 
@@ -91,6 +96,14 @@ class ModelCache:
             _collect()
 
     def _load(self, folder: Path) -> LogProbModel:
+        if self.mesh is not None:
+            return load_sharded(
+                folder,
+                mesh=self.mesh,
+                attention=self.attention,
+                trust_remote_code=self.trust_remote_code,
+                precision=self.precision,
+            )
         model = load_model(
             folder,
             attention=self.attention,

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from online_dpo.errors import CorruptError, DriftError
+from online_dpo.training.sharding import gather, local, local_rows, named_tensors
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -36,12 +38,25 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    write: bool,
 ) -> None:
-    """Write the full float32 state; the folder is new, and whoever asked for it commits it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_weights(model), folder / MODEL_FILE)
-    save_optimizer(folder, model, optimizer)
+    """Write the full float32 state; the folder is new, and whoever asked for it commits it.
+
+    Every process of a sharded model calls this, and one of them writes.
+    """
+    weights = gather(named_tensors(model), keep=write)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / MODEL_FILE)
+    del weights
+    save_optimizer(folder, model, optimizer, write=write)
+    if not write:
+        return
     state = {
         "step": progress.step,
         "cursor": progress.cursor,
@@ -74,62 +89,66 @@ def load_checkpoint(
             f"The checkpoint {folder} was made with other settings: "
             + "; ".join(f"{k} was {recorded.get(k)}, is {current.get(k)}" for k in changed)
         )
-    weights = _weights(model)
-    _copy_into(weights, load_file(folder / MODEL_FILE), folder / MODEL_FILE)
+    _read_into(dict(named_tensors(model)), folder / MODEL_FILE)
     load_optimizer(folder, model, optimizer)
     lines = (folder / METRICS_FILE).read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     return Progress(state["step"], state["cursor"], state["epoch"], recorded, metrics)
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write AdamW's moments and step counts by parameter name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{name}.{moment}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+def save_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, write: bool
+) -> None:
+    """Write AdamW's moments and step counts by parameter name.
+
+    Every process of a sharded model calls this, and one of them writes.
+    """
+    state = (
+        (f"{name}.{moment}", optimizer.state[parameter][moment])
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
         for moment in MOMENTS
-    }
-    save_file(tensors, folder / OPTIMIZER_FILE)
+    )
+    tensors = gather(state, keep=write)
+    if write:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The inverse of `save_optimizer`. Raises CorruptError where it is another model's state."""
-    tensors = load_file(folder / OPTIMIZER_FILE)
+    """The inverse of `save_optimizer`; a process of a sharded model reads its own rows alone.
+
+    Raises CorruptError where it is another model's state.
+    """
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = {moment: tensors.pop(f"{name}.{moment}", None) for moment in MOMENTS}
-        exp_avg = state["exp_avg"]
-        if exp_avg is None or exp_avg.shape != parameter.shape:
-            raise CorruptError(
-                f"{folder / OPTIMIZER_FILE} holds no state of the right shape for {name}: it "
-                "belongs to another model."
-            )
-        optimizer.state[parameter] = {
-            moment: value.to(parameter.device)
-            for moment, value in state.items()
-            if value is not None
+        state = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
         }
-    if tensors:
-        raise CorruptError(
-            f"{folder / OPTIMIZER_FILE} holds {min(tensors)}, which the model does not have."
-        )
+        optimizer.state[parameter] = state
+        tensors |= {f"{name}.{moment}": state[moment] for moment in MOMENTS}
+    _read_into(tensors, folder / OPTIMIZER_FILE)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name; a tied one appears once."""
-    saved = model.state_dict()
-    named = [*model.named_parameters(), *(b for b in model.named_buffers() if b[0] in saved)]
-    return {name: tensor.detach() for name, tensor in named}
-
-
-def _copy_into(weights: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path) -> None:
-    if weights.keys() != loaded.keys():
-        odd = min(weights.keys() ^ loaded.keys())
-        raise CorruptError(f"{path} does not hold the model's weights: {odd} is on one side only.")
-    for name, weight in weights.items():
-        weight.copy_(loaded[name])
+def _read_into(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Fill tensors from a file that holds these and no others; of a sharded one its rows here."""
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        if tensors.keys() != names:
+            odd = min(tensors.keys() ^ names)
+            raise CorruptError(f"{path} belongs to another model: {odd} is on one side only.")
+        for name, tensor in tensors.items():
+            stored = file.get_slice(name)
+            if stored.get_shape() != list(tensor.shape):
+                raise CorruptError(
+                    f"{path} belongs to another model: {name} has the shape {stored.get_shape()}, "
+                    f"here {list(tensor.shape)}."
+                )
+            rows = file.get_tensor(name) if tensor.ndim == 0 else stored[local_rows(tensor)]
+            local(tensor).copy_(rows)

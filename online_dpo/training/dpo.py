@@ -175,6 +175,7 @@ def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSett
         max_grad_norm=train["max_grad_norm"],
         checkpoint_every=train["checkpoint_every"],
         seed=plan["seed"],
+        gradient_sync=train["gradient_sync"],
         stretch=plan["round"] - 1 if carried else 0,
         stretches=plan["rounds"] if carried else 1,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from online_dpo import models
@@ -27,6 +29,7 @@ from online_dpo.training.data import (
     read_demonstrations,
     read_pairs,
 )
+from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.loop import Emit, train
 from online_dpo.training.preference_loss import PreferenceLoss
 from online_dpo.training.prompts import write_prompts
@@ -40,9 +43,13 @@ from online_dpo.training.reference import (
 from online_dpo.training.sft import SftObjective
 from online_dpo.training.sft import loop_settings as sft_loop_settings
 from online_dpo.training.sft import summarize as summarize_sft
+from online_dpo.training.sharding import gather_model, make_mesh
 
 METRICS_FILE = "train_metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+
+PATIENCE_S = 2 * 60 * 60
+"""How long processes wait for one that reads a large model or writes a checkpoint of it."""
 
 
 class Trainer:
@@ -63,18 +70,23 @@ class Trainer:
             raise ConfigError("train: device cuda is asked for, and torch finds no GPU.")
         if settings["threads"] is not None:
             torch.set_num_threads(settings["threads"])
-        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.accelerator = Accelerator(
+            cpu=device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE_S))],
+        )
         if self.accelerator.num_processes != settings["num_processes"]:
             raise ConfigError(
                 f"train.num_processes is {settings['num_processes']}, and "
                 f"{self.accelerator.num_processes} were started."
             )
+        fsdp = self.train_config["parallel"] == "fsdp"
         self.models = ModelCache(
             device=self.accelerator.device,
             attention=self.model_config["attention"],
             precision=self.train_config["precision"],
             trust_remote_code=self.model_config["trust_remote_code"],
             gradient_checkpointing=self.train_config["gradient_checkpointing"],
+            mesh=make_mesh(self.accelerator.device) if fsdp else None,
         )
 
     def init_model(
@@ -250,7 +262,7 @@ class Trainer:
             **_skipped(skipped),
             **summarize_sft(trained.metrics),
         }
-        self._save_policy(policy.model, folder, Path(out), trained.metrics, summary)
+        self._save_policy(policy, folder, Path(out), trained.metrics, summary)
         return summary
 
     def dpo(
@@ -302,9 +314,10 @@ class Trainer:
             **_skipped(skipped),
             **dpo.summarize(trained.metrics),
         }
-        self._save_policy(policy.model, folder, Path(out), trained.metrics, summary)
-        if optimizer_out is not None and self._first:
-            save_optimizer(Path(optimizer_out), policy.model, trained.optimizer)
+        self._save_policy(policy, folder, Path(out), trained.metrics, summary)
+        if optimizer_out is not None:
+            folder = Path(optimizer_out)
+            save_optimizer(folder, policy.model, trained.optimizer, write=self._first)
         return summary
 
     def adopt(self, *, emit: Emit, sha256: str) -> dict[str, Any]:
@@ -354,7 +367,7 @@ class Trainer:
 
     def _save_policy(
         self,
-        model: PreTrainedModel,
+        policy: LogProbModel,
         source: Path,
         out: Path,
         metrics: list[dict[str, Any]],
@@ -362,10 +375,11 @@ class Trainer:
     ) -> None:
         """Weights, configs, the tokenizer as trained with, each step's metrics and a summary."""
         dtype = self.model_config["dtype"]
-        if not self._first:
-            models.round_weights(model, dtype)
+        models.round_weights(policy.model, dtype)
+        whole = gather_model(policy, keep=self._first)
+        if whole is None:
             return
-        models.save_model(model, out, dtype=dtype)
+        models.save_model(whole, out, dtype=dtype)
         models.copy_tokenizer(
             source,
             out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +43,14 @@ class LogProbModel(nn.Module):
     this precision.
     """
 
-    def __init__(self, model: PreTrainedModel, *, precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        precision: Precision = "float32",
+        place: Callable[[LogProbModel], None] | None = None,
+    ) -> None:
+        """`place` puts the weights where they stay, before the numeric test runs."""
         super().__init__()
         self.model = model
         self.precision = precision
@@ -54,9 +61,11 @@ class LogProbModel(nn.Module):
                 "model.attention: flash_attention_2 computes in bfloat16 only. Set "
                 "train.precision: bfloat16, or model.attention: sdpa."
             )
-        self._test_precision: Precision = "bfloat16" if flash else "float32"
+        self.finest_precision: Precision = "bfloat16" if flash else "float32"
         self.shares, self.projects = False, True
         self.why_not_shared = f"model.attention is {given}" if given != "sdpa" else ""
+        if place is not None:
+            place(self)
         self._choose_path(given)
 
     @property
@@ -104,8 +113,9 @@ class LogProbModel(nn.Module):
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Without autocast, where the attention allows it: for figures compared across engines."""
-        precision, self.precision = self.precision, self._test_precision
+        """Without autocast, where the attention and the weights' place allow it: for figures
+        compared across engines."""
+        precision, self.precision = self.precision, self.finest_precision
         try:
             yield
         finally:
@@ -172,7 +182,7 @@ class LogProbModel(nn.Module):
             return False
         if self.shares:
             self.why_not_shared = "its log-probs differ in the shared layout"
-        return float((found - expected).abs().max()) < SELF_TEST_TOLERANCE[self._test_precision]
+        return float((found - expected).abs().max()) < SELF_TEST_TOLERANCE[self.finest_precision]
 
     def _test_sequences(self) -> list[list[TokenPair]]:
         """Two prompts with two responses each, all of different lengths."""
@@ -186,17 +196,18 @@ class LogProbModel(nn.Module):
     def _test_batch(self) -> Batch:
         return self.pack([0, 1], self._test_sequences())
 
+    def logps_alone(self, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+        """(n,) log-probs of one response by the model as it is: no layout, no padding, no masks."""
+        tokens = torch.tensor([[*prompt, *response]], device=self.device)
+        with self._autocast():
+            logits = self.model(input_ids=tokens, use_cache=False).logits[0]
+        return _logps(logits[len(prompt) - 1 : -1], tokens[0, len(prompt) :])
+
     @torch.no_grad()
     def _expected(self) -> Tensor:
         """Log-probs of the test's distinct responses, each sequence alone."""
         first, second = self._test_sequences()
-        logps = []
-        for prompt, response in (*first, second[0]):
-            tokens = torch.tensor([[*prompt, *response]], device=self.device)
-            with self._autocast():
-                logits = self.model(input_ids=tokens, use_cache=False).logits[0]
-            logps.append(_logps(logits[len(prompt) - 1 : -1], tokens[0, len(prompt) :]))
-        return torch.cat(logps)
+        return torch.cat([self.logps_alone(*sequence) for sequence in (*first, second[0])])
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from online_dpo.errors import DivergedError
 from online_dpo.training.batching import Size, Step, deal, plan_steps
@@ -24,6 +24,7 @@ from online_dpo.training.coupling import couple
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.packing import Pack, Part, TokenPair
+from online_dpo.training.sharding import GradientSync, clip_gradients, sync_gradients
 from online_dpo.training.vocabulary import PartLoss, Terms
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class LoopSettings:
     max_grad_norm: float
     checkpoint_every: int
     seed: int
+    gradient_sync: GradientSync = "step"
+    """When a sharded model's gradients are summed over processes."""
     stretch: int = 0
     """Which of `stretches` equal parts of the schedule this run is, from 0."""
     stretches: int = 1
@@ -114,19 +117,24 @@ def train(
         epochs=settings.epochs,
         seed=settings.seed,
     )
+    if isinstance(model, FSDPModule):
+        model.reshard()  # Scoring leaves some weights whole, which is not what is trained.
     inner = make_optimizer(model.model, settings)
     same = _must_agree(objective, settings)
     metrics: list[dict[str, Any]] = []
-    first = 0
+    taken = 0
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model.model, inner, settings=same)
-        metrics, first = progress.metrics, progress.step
-        assert steps[first].cursor == progress.cursor
+        metrics, taken = progress.metrics, progress.step
+        assert steps[taken].cursor == progress.cursor
     elif optimizer_from is not None:
         load_optimizer(optimizer_from, model.model, inner)
-    wrapped, optimizer = accelerator.prepare(model, inner)
+    if isinstance(model, FSDPModule):
+        wrapped, optimizer = model, inner
+    else:
+        wrapped, optimizer = accelerator.prepare(model, inner)
     try:
-        for number, step in enumerate(steps[first:], start=first + 1):
+        for number, step in enumerate(steps[taken:], start=taken + 1):
             rate = settings.learning_rate * lr_multiplier(
                 settings.stretch * len(steps) + number - 1,
                 steps=settings.stretches * len(steps),
@@ -137,17 +145,18 @@ def train(
                 wrapped, model.pack, optimizer, objective, step, settings, accelerator, number, rate
             )
             metrics.append({"step": number, **row})
-            if not accelerator.is_main_process:
-                continue
-            tokens = sum(objective.sizes[item].tokens for item in step.items)
-            event = {"step": number, "of": len(steps), "metrics": row, "tokens": tokens}
-            emit({"event": "step", **event})
+            first = accelerator.is_main_process
+            if first:
+                tokens = sum(objective.sizes[item].tokens for item in step.items)
+                event = {"step": number, "of": len(steps), "metrics": row, "tokens": tokens}
+                emit({"event": "step", **event})
             if number < len(steps) and _checkpoint_due(number, settings):
                 folder = checkpoints / f"step-{number:06d}.partial"
                 following = steps[number]
                 progress = Progress(number, following.cursor, following.epoch, same, metrics)
-                save_checkpoint(folder, model.model, inner, progress)
-                emit({"event": "checkpoint", "path": str(folder), "step": number})
+                save_checkpoint(folder, model.model, inner, progress, write=first)
+                if first:
+                    emit({"event": "checkpoint", "path": str(folder), "step": number})
     finally:
         # Accelerate holds on to what it prepared; its own way to let go collects garbage for 0.1 s.
         accelerator._models.clear()
@@ -197,7 +206,7 @@ def _take_step(
         terms, sums = couple(model, pack, objective, step.items, batches, accelerator)
     for index, micro in enumerate(batches):
         last = index == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        with sync_gradients(model, accelerator, last=last, every=settings.gradient_sync):
             batch = pack(micro.items, [objective.sequences(item) for item in micro.items])
             loss, metrics = model(batch, terms, squares=objective.needs_squares)
             # Data parallelism averages over processes; the mean wanted is over the step's items.
@@ -208,7 +217,7 @@ def _take_step(
         for name, value in {"loss": loss.detach(), **metrics}.items():
             counted = value.double() * micro.real
             sums[name] = sums[name] + counted if name in sums else counted
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+    grad_norm = clip_gradients(model, settings.max_grad_norm)
     means = {**_means(sums, total, grad_norm, accelerator), "learning_rate": learning_rate}
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         optimizer.zero_grad()
@@ -226,10 +235,9 @@ def _checkpoint_due(number: int, settings: LoopSettings) -> bool:
 
 
 def _means(
-    sums: Mapping[str, Tensor], total: int, grad_norm: Tensor | None, accelerator: Accelerator
+    sums: Mapping[str, Tensor], total: int, grad_norm: Tensor, accelerator: Accelerator
 ) -> dict[str, float]:
     """Means over the step's items from one process's sums, and the norm, which all share."""
-    assert grad_norm is not None
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum") / total
     values = torch.cat([reduced, grad_norm.detach().to(reduced)[None]]).tolist()
     return dict(zip([*sums, "grad_norm"], values, strict=True))

@@ -60,6 +60,7 @@ def loop_settings(
         max_grad_norm=train["max_grad_norm"],
         checkpoint_every=checkpoint_every,
         seed=seed,
+        gradient_sync=train["gradient_sync"],
     )
 
 
