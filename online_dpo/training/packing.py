@@ -59,7 +59,7 @@ class Sharing:
     """Which tokens of a packed row see which: each response its prompt and its own past.
 
     G groups of a prompt with up to K responses, Pmax and Rmax tokens long. `prompts` (G, Pmax) and
-    `responses` (G, K, Rmax) are indices into the row's T tokens, padded with 0; `inverse` (T,) is
+    `responses` (G, K, Rmax) are indices into the row's T tokens, padded with T; `inverse` (T,) is
     the place of each token among the G * Pmax + G * K * Rmax of both. `prompt_mask`
     (G, 1, 1, Pmax) is 0 at a prompt's tokens and -inf at padding; None where there is none.
     """
@@ -205,8 +205,9 @@ def _sharing(groups: Sequence[_Group], move: _Mover) -> Sharing:
     longest_prompt = max(len(group.prompt) for group in groups)
     most = max(len(group.responses) for group in groups)
     longest = max(len(response) for group in groups for response in group.responses)
-    prompts = np.zeros((len(groups), longest_prompt), dtype=np.int64)
-    responses = np.zeros((len(groups), most, longest), dtype=np.int64)
+    total = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
+    prompts = np.full((len(groups), longest_prompt), total, dtype=np.int64)
+    responses = np.full((len(groups), most, longest), total, dtype=np.int64)
     inverse, start = [], 0
     for g, group in enumerate(groups):
         count = len(group.prompt)

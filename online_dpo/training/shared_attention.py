@@ -77,57 +77,47 @@ def _rows(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: float) -> Tensor:
     """(T, H, D) from (T, H, D) each."""
-    groups, most, longest = sharing.responses.shape
-    flat = sharing.responses.reshape(groups, most * longest)
-    parts = [_take(x, sharing.prompts) for x in (query, key, value)]  # (G, H, P, D)
-    parts += [_take(x, flat) for x in (query, key, value)]  # (G, H, K R, D)
     attend: Any = _Flash.apply if query.device.type == "cpu" else _masked
-    mask = sharing.prompt_mask
-    outs = attend(*parts, None if mask is None else mask.to(query.dtype), most, scale)
-    both = torch.cat([x.transpose(1, 2).reshape(-1, *x.shape[1::2]) for x in outs])
-    return both.index_select(0, sharing.inverse)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(G, H, L, D) from (T, H, D) by (G, L) indices."""
-    taken: Tensor = x.index_select(0, index.reshape(-1)).unflatten(0, index.shape).transpose(1, 2)
-    return taken
+    out: Tensor = attend(query, key, value, sharing, scale)
+    return out
 
 
 class _Flash(torch.autograd.Function):
-    """Prompts among themselves; responses to themselves and to their prompts, merged."""
+    """Prompts among themselves; responses to themselves and to their prompts, merged.
+
+    Tokens are brought into the kernel's layout and back inside, where both directions are plain
+    gathers; autograd would scatter.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query_p: Tensor,
-        key_p: Tensor,
-        value_p: Tensor,
-        query_r: Tensor,
-        key_r: Tensor,
-        value_r: Tensor,
-        mask: Tensor | None,
-        most: int,
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        out_p, lse_p = _flash(query_p, key_p, value_p, causal=True, mask=None, scale=scale)
-        own = [_unstack(x, most) for x in (query_r, key_r, value_r)]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: float
+    ) -> Tensor:
+        most = sharing.responses.shape[1]
+        mask = None if sharing.prompt_mask is None else sharing.prompt_mask.to(query.dtype)
+        (q_p, k_p, v_p), (q_r, k_r, v_r) = (
+            [_take(x, index) for x in (query, key, value)]
+            for index in (sharing.prompts, sharing.responses.flatten(1))
+        )  # (G, H, P, D) and (G, H, K R, D) each
+        out_p, lse_p = _flash(q_p, k_p, v_p, causal=True, mask=None, scale=scale)
+        own = [_unstack(x, most) for x in (q_r, k_r, v_r)]
         out_o, lse_o = _flash(*own, causal=True, mask=None, scale=scale)
         out_o, lse_o = _stack(out_o, most), _stack(lse_o, most)
-        out_c, lse_c = _flash(query_r, key_p, value_p, causal=False, mask=mask, scale=scale)
+        out_c, lse_c = _flash(q_r, k_p, v_p, causal=False, mask=mask, scale=scale)
         lse = torch.logaddexp(lse_o, lse_c)  # (G, H, K R)
         weight = (lse_o - lse).exp_()[..., None].to(out_o.dtype)
         out_r = torch.lerp(out_c, out_o, weight)
-        ctx.save_for_backward(
-            query_p, key_p, value_p, query_r, key_r, value_r, out_p, lse_p, out_r, lse, mask
-        )
-        ctx.most, ctx.scale = most, scale
-        return out_p, out_r
+        ctx.save_for_backward(q_p, k_p, v_p, q_r, k_r, v_r, out_p, lse_p, out_r, lse, mask)
+        ctx.sharing, ctx.scale = sharing, scale
+        return _put_back(out_p, out_r, sharing)
 
     @staticmethod
-    def backward(ctx: Any, grad_p: Tensor, grad_r: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q_p, k_p, v_p, q_r, k_r, v_r, out_p, lse_p, out_r, lse, mask = ctx.saved_tensors
-        most, scale = ctx.most, ctx.scale
+        sharing, scale = ctx.sharing, ctx.scale
+        most = sharing.responses.shape[1]
+        grad_p = _take(grad, sharing.prompts)
+        grad_r = _take(grad, sharing.responses.flatten(1))
         dq_p, dk_p, dv_p = _flash_backward(
             grad_p, q_p, k_p, v_p, out_p, lse_p, causal=True, mask=None, scale=scale
         )
@@ -136,12 +126,25 @@ class _Flash(torch.autograd.Function):
         dq_c, dk_c, dv_c = _flash_backward(
             grad_r, q_r, k_p, v_p, out_r, lse, causal=False, mask=mask, scale=scale
         )
-        dq_r = _stack(dq_o, most) + dq_c
         return (
-            *(dq_p, dk_p + dk_c, dv_p + dv_c),
-            *(dq_r, _stack(dk_r, most), _stack(dv_r, most)),
-            *(None, None, None),
+            _put_back(dq_p, _stack(dq_o, most).add_(dq_c), sharing),
+            _put_back(dk_p.add_(dk_c), _stack(dk_r, most), sharing),
+            _put_back(dv_p.add_(dv_c), _stack(dv_r, most), sharing),
+            *(None, None),
         )
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """(G, H, L, D) from (T, H, D) by (G, L) indices; index T stands for padding and gives zeros."""
+    padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
+    taken: Tensor = padded.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
+    return taken.transpose(1, 2)
+
+
+def _put_back(prompts: Tensor, responses: Tensor, sharing: Sharing) -> Tensor:
+    """(T, H, D) from (G, H, P, D) and (G, H, K R, D), without padding."""
+    both = [x.transpose(1, 2).reshape(-1, *x.shape[1::2]) for x in (prompts, responses)]
+    return torch.cat(both).index_select(0, sharing.inverse)
 
 
 def _flash(
@@ -186,35 +189,29 @@ def _stack(x: Tensor, most: int) -> Tensor:
     return stacked
 
 
-def _masked(
-    query_p: Tensor,
-    key_p: Tensor,
-    value_p: Tensor,
-    query_r: Tensor,
-    key_r: Tensor,
-    value_r: Tensor,
-    mask: Tensor | None,
-    most: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _masked(query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: float) -> Tensor:
     """The same by two calls of scaled_dot_product_attention."""
-    out_p = scaled_dot_product_attention(query_p, key_p, value_p, is_causal=True, scale=scale)
-    groups, _, stacked, _ = query_r.shape
-    longest = stacked // most
-    place = torch.arange(stacked, device=query_r.device)
+    groups, most, longest = sharing.responses.shape
+    (q_p, k_p, v_p), (q_r, k_r, v_r) = (
+        [_take(x, index) for x in (query, key, value)]
+        for index in (sharing.prompts, sharing.responses.flatten(1))
+    )
+    out_p = scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
+    place = torch.arange(most * longest, device=query.device)
     same = place[:, None] // longest == place[None] // longest
-    own = torch.where(same & (place[:, None] >= place[None]), 0.0, -torch.inf).to(query_r.dtype)
-    past = query_r.new_zeros(()) if mask is None else mask
-    past = past.expand(groups, 1, stacked, key_p.shape[2])
-    own = own.expand(groups, 1, stacked, stacked)
+    own = torch.where(same & (place[:, None] >= place[None]), 0.0, -torch.inf).to(query.dtype)
+    own = own.expand(groups, 1, -1, -1)
+    mask = sharing.prompt_mask
+    past = query.new_zeros(()) if mask is None else mask.to(query.dtype)
+    past = past.expand(groups, 1, most * longest, k_p.shape[2])
     out_r = scaled_dot_product_attention(
-        query_r,
-        torch.cat([key_p, key_r], dim=2),
-        torch.cat([value_p, value_r], dim=2),
+        q_r,
+        torch.cat([k_p, k_r], dim=2),
+        torch.cat([v_p, v_r], dim=2),
         attn_mask=torch.cat([past, own], dim=-1),
         scale=scale,
     )
-    return out_p, out_r
+    return _put_back(out_p, out_r, sharing)
 
 
 def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
