@@ -29,6 +29,7 @@ stands twice is an error.
 - **Paths** are relative to the config's own folder, then to the working directory. The files in \
 `prompts/` and `configs/` are found by their bare name from anywhere: `path: general.jsonl`, \
 `online-dpo run quickstart.yaml`. `campaign.run_dir` is relative to the working directory.
+- **Losses**, their knobs, and what combines with what: [losses.md](losses.md).
 - **Editors** that know YAML schemas complete and check a config: `online-dpo schema > schema.json`.
 
 Fields marked * may be changed by `online-dpo resume RUN_DIR --set ...` without `--accept-change`: \
@@ -75,7 +76,7 @@ def _table(path: str, model: Schema, rows: Sequence[str]) -> list[str]:
 def _row(path: str, key: str, field: Schema, places: Mapping[str, str], *, required: bool) -> str:
     mark = " *" if path.startswith(OPERATIONAL) else ""
     default = "required" if required else f"`{_value(field.get('default'))}`"
-    meaning = field["description"].replace("None", "null").replace("<", "&lt;")
+    meaning = " ".join(field["description"].split()).replace("None", "null").replace("<", "&lt;")
     cells = (f"`{key}`{mark}", _type(field, places), default, meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -110,6 +111,8 @@ def _type(field: Schema, places: Mapping[str, str]) -> str:
 
 def _object(field: Schema) -> str:
     keys = field.get("propertyNames", {})
+    if len(keys.get("enum", [])) > 1:
+        return "`{name: k, ...}`"
     key = keys.get("const") or next(iter(keys.get("enum", [])), None)
     return f"`{{{key}: k}}`" if key else "mapping"
 

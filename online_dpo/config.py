@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from online_dpo.loss_rules import LossName, checked_loss, loss_problems
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -265,17 +267,49 @@ class PairsConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """One round of DPO (Rafailov et al. 2023, 2305.18290, eq. 7)."""
+class LossOptions(Section):
+    """Knobs of single losses, explained in docs/losses.md; null takes the loss's own default."""
 
-    loss: Literal["sigmoid"] = "sigmoid"
-    """The preference loss."""
+    gamma: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """simpo: the target margin, 0.5 by default."""
+    lambda_: Positive | None = None
+    """orpo: weight of the odds ratio beside the NLL, 0.1 by default."""
+    tau: Positive | None = None
+    """discopop: temperature of its blend, 0.05 by default."""
+    desirable_weight: Positive | None = None
+    """kto: weight of good responses, 1 by default."""
+    undesirable_weight: Positive | None = None
+    """kto: weight of bad responses, 1 by default."""
+
+
+class TrainConfig(Section):
+    """One round of preference training; losses and what goes with which: docs/losses.md."""
+
+    loss: Annotated[LossName | dict[LossName, Positive], BeforeValidator(checked_loss)] = "sigmoid"
+    """The preference loss, or a weighted sum: {sigmoid: 0.8, bco_pair: 0.2}. sigmoid is DPO's."""
     beta: Positive = 0.1
-    """Strength of the implicit KL constraint; typical 0.01 to 0.5."""
+    """Strength of the implicit KL constraint: higher stays closer to the reference; typical 0.01 to
+    0.5, and 2 or more for losses of means per token."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Assumed share of flipped labels (cDPO)."""
-    nll_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the chosen response's mean NLL per token (2404.19733, eq. 1)."""
+    """Assumed share of flipped labels (cDPO); for sigmoid, robust, exo_pair, aot, aot_unpaired."""
+    loss_options: LossOptions = LossOptions()
+    """Knobs of single losses."""
+    nll_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """RPO: weight of the chosen response's mean NLL per token (2404.19733, eq. 1)."""
+    dpop_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """DPOP: lambda of the penalty on a chosen response that falls below the reference (2402.13228);
+    typical 5 to 50."""
+    length_penalty: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """R-DPO: reward taken from a response for each of its tokens (2403.19159); at 0.01 a difference
+    of 100 tokens counts as a margin of 1."""
+    margin_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """ODPO: the margin demanded of a pair for each unit by which the judge's scores differ
+    (2402.10571); for comparisons the unit is |p - 0.5|."""
+    ld_alpha: Share = 1.0
+    """LD-DPO: weight of the tokens by which a response is longer than the other (2409.06411); 1 is
+    off."""
+    wpo: bool = False
+    """WPO: weigh each pair by its likelihood under the policy (2406.11827)."""
     learning_rate: Positive = 5e-7
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -315,6 +349,14 @@ class TrainConfig(Section):
     """HOST:PORT where trainer processes on other machines reach this one."""
     launch: dict[str, Any] = {}
     """Further options of `accelerate launch`, e.g. num_machines, main_process_ip."""
+
+    @model_validator(mode="after")
+    def _loss_takes_its_settings(self) -> TrainConfig:
+        default_beta = type(self).model_fields["beta"].default
+        problem = next(loss_problems(self.model_dump(), default_beta=default_beta), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
 
 class ReferenceConfig(Section):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from online_dpo.files import read_json
+from online_dpo.loss_rules import describe_loss
 from online_dpo.stages.context import read_prompts
 from online_dpo.store import RunDir
 from online_dpo.views import Campaign, RoundView, evaluated
@@ -76,8 +77,8 @@ def _made(campaign: Campaign, rounds: list[RoundView]) -> str:
         "Supervised fine-tuning": _file(config.sft.demonstrations) if config.sft else "none",
         "Method": (
             f"{rounds[-1].round} rounds of DPO on the policy's own responses "
-            f"({train.loss} loss, beta {train.beta:g}, learning rate {train.learning_rate:g}, "
-            f"{train.batch_size} pairs a step)"
+            f"({describe_loss(train.loss)} loss, beta {train.beta:g}, "
+            f"learning rate {train.learning_rate:g}, {train.batch_size} pairs a step)"
         ),
         "Reference promoted": promoted.replace("_", " "),
         "Judge": _code(_public(config.judge.name)),

@@ -9,6 +9,7 @@ from pathlib import Path
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.errors import ConfigError
+from online_dpo.loss_rules import describe_loss
 from online_dpo.pairing import SELECTORS
 from online_dpo.plugins import instantiate, names_code, resolve
 from online_dpo.resources import find_data
@@ -46,8 +47,8 @@ def describe(config: Config) -> str:
             f"most {sampling.max_new_tokens} tokens",
             f"judge         {config.judge.name}; at most {samples} scores, or {calls} comparisons "
             "a round where it is pairwise",
-            f"training      {config.train.loss}, beta {config.train.beta}, learning rate "
-            f"{config.train.learning_rate}, {config.train.batch_size} pairs a step",
+            f"training      {describe_loss(config.train.loss)}, beta {config.train.beta}, "
+            f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step",
             f"runs on       {device}, sampler {crew.sampler_kind}, "
             f"{'one process' if crew.inline else 'worker processes'}",
             f"run directory {campaign.run_dir}",

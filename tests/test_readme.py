@@ -31,9 +31,11 @@ from online_dpo.config_file import load_config
 from online_dpo.drift import OPERATIONAL
 from online_dpo.errors import BY_NAME
 from online_dpo.judging import Labeller
+from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS
 from online_dpo.plugins import available
 from online_dpo.samplers.vllm_settings import OWN_ARGUMENTS, engine_arguments
 from online_dpo.tables import read_table
+from online_dpo.training.losses import LOSSES
 from online_dpo.wording import FATES
 from online_dpo.workers import RUN_ENV, SOCKET_ENV, TCP, TOKEN_ENV
 
@@ -326,6 +328,18 @@ def test_the_settings_that_may_change_at_any_time_are_listed() -> None:
     )
     listed = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", line))
     assert listed == set(OPERATIONAL)
+
+
+def test_the_losses_their_knobs_and_modifiers_are_listed() -> None:
+    rows = table(DOCS / "losses.md", "Name")
+    assert first_code(rows) == list(LOSSES)
+    for name, row in zip(first_code(rows), rows, strict=True):
+        for knob in set(LOSS_FACTS[name].knobs) - {"label_smoothing"}:
+            assert f"`{knob}`" in row[4], name
+        assert ("no reference" not in row[3]) == LOSS_FACTS[name].needs_reference
+        assert ("lengths" in row[3]) == LOSS_FACTS[name].needs_lengths
+        assert ("the whole step" in row[3]) == LOSS_FACTS[name].coupled
+    assert first_code(table(DOCS / "losses.md", "Setting")) == list(MODIFIERS)
 
 
 # --- judges ------------------------------------------------------------------------------------

@@ -168,6 +168,29 @@ def test_policy_equal_to_reference_starts_at_ln_2(folder: Path, tiny_llama: Path
     assert result["pairs"] == 10
 
 
+@pytest.mark.parametrize(
+    ("train", "start"),
+    [
+        ({"loss": "ipo"}, 25.0),
+        ({"loss": {"hinge": 0.5, "nca_pair": 2.0}}, 0.5 + 4.0 * math.log(2)),
+    ],
+)
+def test_another_loss_starts_at_its_own_constant(
+    folder: Path, tiny_llama: Path, train: dict[str, Any], start: float
+) -> None:
+    trainer = Trainer(settings(batch_size=4, micro_batch_size=2, **train))
+    result = trainer.dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
+    assert result["first_loss"] == pytest.approx(start, rel=1e-5)
+
+
+@pytest.mark.parametrize("train", [{"loss": "aot"}, {"wpo": True}, {"margin_weight": 1.0}])
+def test_what_the_loop_cannot_supply_is_refused(
+    folder: Path, tiny_llama: Path, train: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="choose another train.loss, or switch off"):
+        Trainer(settings(**train)).dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
+
+
 def test_training_prefers_the_chosen(folder: Path, tiny_llama: Path) -> None:
     trainer = Trainer(settings(batch_size=5, epochs=10))
     result = trainer.dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
@@ -206,9 +229,7 @@ def test_events_and_metrics(folder: Path, tiny_llama: Path) -> None:
     assert [(event["step"], event["of"]) for event in steps] == [(1, 3), (2, 3), (3, 3)]
     rows = pq.read_table(folder / "pairs.parquet").to_pylist()
     assert sum(event["tokens"] for event in steps) == sum(
-        len(row["prompt_token_ids"])
-        + len(row["chosen_token_ids"])
-        + len(row["rejected_token_ids"])
+        len(row["prompt_token_ids"]) + len(row["chosen_token_ids"]) + len(row["rejected_token_ids"])
         for row in rows
     )
     # The plan's rate counts, not the config's: cosine at 0, 1/3, 2/3.

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from online_dpo.config_file import dump_yaml
 from online_dpo.errors import ConfigError
 from online_dpo.files import disk_faults, write_atomic
+from online_dpo.loss_rules import describe_loss
 from online_dpo.report import sections
 from online_dpo.report.charts import round_charts, step_charts
 from online_dpo.report.curves import Chart, draw
@@ -96,7 +97,7 @@ def _facts(campaign: Campaign, rounds: Sequence[RoundView]) -> list[tuple[str, s
     facts = {
         "judge": config.judge.name,
         "evaluation judge": config.eval_judge.name if config.evaluation.judge else "",
-        "method": f"DPO, {config.train.loss} loss, beta {config.train.beta:g}",
+        "method": f"DPO, {describe_loss(config.train.loss)} loss, beta {config.train.beta:g}",
         "reference promoted": reference.replace("_", " "),
         "responses": f"{sum(view.samples for view in rounds):,}",
         "pairs": f"{sum(view.pairs for view in rounds):,}",

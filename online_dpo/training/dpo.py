@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from online_dpo.errors import ConfigError
 from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Pair
 from online_dpo.training.loop import LoopSettings
-from online_dpo.training.losses import LOSSES, implicit_rewards, nll_per_token
+from online_dpo.training.losses import implicit_rewards
 from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
 from online_dpo.training.vocabulary import Terms
 
 
@@ -27,23 +29,18 @@ class DpoObjective:
         reference_chosen_logps: Sequence[float],
         reference_rejected_logps: Sequence[float],
         *,
-        loss: str,
-        beta: float,
-        label_smoothing: float,
-        nll_weight: float,
+        loss: PreferenceLoss,
         device: torch.device,
     ) -> None:
         self.pairs = pairs
         self.reference_chosen_logps = torch.tensor(reference_chosen_logps, dtype=torch.float64)
         self.reference_rejected_logps = torch.tensor(reference_rejected_logps, dtype=torch.float64)
-        self.loss_function = LOSSES[loss]
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.nll_weight = nll_weight
+        _check_supplied(loss)
+        self.loss = loss
         self.device = device
         self.sizes = sizes_of([self.sequences(item) for item in range(len(pairs))])
         self.weights = [1] * len(pairs)
-        self.fingerprint = self._fingerprint(loss)
+        self.fingerprint = self._fingerprint()
 
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """The chosen and the rejected one of a pair."""
@@ -56,20 +53,20 @@ class DpoObjective:
         index = torch.tensor(part.items)
         reference_chosen = self.reference_chosen_logps[index].to(self.device)
         reference_rejected = self.reference_rejected_logps[index].to(self.device)
-        losses = self.loss_function(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
+        chosen_lengths, rejected_lengths = part.sequence_lengths().double().chunk(2)
+        losses = self.loss(
+            LossInputs(
+                policy_chosen_logps=chosen,
+                policy_rejected_logps=rejected,
+                chosen_lengths=chosen_lengths,
+                rejected_lengths=rejected_lengths,
+                reference_chosen_logps=reference_chosen,
+                reference_rejected_logps=reference_rejected,
+            )
         )
-        if self.nll_weight:
-            lengths = part.sequence_lengths()[: len(part.items)]
-            losses = losses + self.nll_weight * nll_per_token(chosen, lengths)
         with torch.no_grad():
-            chosen_rewards = implicit_rewards(chosen, reference_chosen, beta=self.beta)
-            rejected_rewards = implicit_rewards(rejected, reference_rejected, beta=self.beta)
+            chosen_rewards = implicit_rewards(chosen, reference_chosen, beta=self.loss.beta)
+            rejected_rewards = implicit_rewards(rejected, reference_rejected, beta=self.loss.beta)
             margins = chosen_rewards - rejected_rewards
             metrics = {
                 "margin": margins.sum(),
@@ -81,10 +78,8 @@ class DpoObjective:
             }
         return Terms(losses.sum(), metrics)
 
-    def _fingerprint(self, loss: str) -> str:
-        digest = hashlib.sha256(
-            repr((loss, self.beta, self.label_smoothing, self.nll_weight)).encode()
-        )
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.loss).encode())
         for pair in self.pairs:
             digest.update(pair.pair_id.encode())
             for ids in (pair.prompt, pair.chosen, pair.rejected):
@@ -92,6 +87,17 @@ class DpoObjective:
         digest.update(self.reference_chosen_logps.numpy().tobytes())
         digest.update(self.reference_rejected_logps.numpy().tobytes())
         return digest.hexdigest()
+
+
+def _check_supplied(loss: PreferenceLoss) -> None:
+    """Raise ConfigError where a loss needs more than log-probs and lengths of a micro-batch."""
+    names = ("coupled", "needs_probs", "needs_margins", "needs_token_weights", "needs_wpo")
+    needs = [name for name in names if getattr(loss, name)]
+    if needs:
+        raise ConfigError(
+            f"This training loop computes no loss that is or {', '.join(needs).replace('_', ' ')}; "
+            "choose another train.loss, or switch off the setting that asks for it."
+        )
 
 
 def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSettings:

@@ -29,6 +29,7 @@ from online_dpo.training.data import (
     read_reference_logps,
 )
 from online_dpo.training.loop import Emit, train
+from online_dpo.training.preference_loss import PreferenceLoss
 from online_dpo.training.prompts import write_prompts
 from online_dpo.training.reference import score_pairs, score_sequences, write_reference_logps
 from online_dpo.training.sft import SftObjective
@@ -256,10 +257,7 @@ class Trainer:
             kept,
             chosen,
             rejected,
-            loss=self.train_config["loss"],
-            beta=plan["beta"],
-            label_smoothing=self.train_config["label_smoothing"],
-            nll_weight=self.train_config["nll_weight"],
+            loss=PreferenceLoss.from_config({**self.train_config, "beta": plan["beta"]}),
             device=policy.device,
         )
         trained = train(
