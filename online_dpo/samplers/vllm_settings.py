@@ -18,6 +18,7 @@ OWN_ARGUMENTS = {
     "data_parallel_size": "the orchestrator, which starts a worker for each replica",
     "enable_lora": "train.lora",
     "max_lora_rank": "train.lora.rank",
+    "max_loras": "the campaign, which serves one adapter at a time",
 }
 """Engine arguments that `sampling.engine` cannot set, and what decides them."""
 
