@@ -141,12 +141,15 @@ def export(
     round_number: Annotated[
         int | None, typer.Option("--round", help="The round; the last finished one if unset.")
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Beside the merged policy, its adapter as PEFT's.")
+    ] = False,
 ) -> None:
     """Write the policy as a transformers folder and the preferences as JSONL and parquet."""
     from online_dpo.export import export_campaign
     from online_dpo.views import Campaign
 
-    for path in export_campaign(Campaign(run_dir), out, round_number):
+    for path in export_campaign(Campaign(run_dir), out, round_number, adapter=adapter):
         typer.echo(path)
 
 

@@ -18,6 +18,7 @@ from online_dpo.loss_rules import (
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_NOT_EMPTY = Field(min_length=1)
 
 
 class Section(BaseModel):
@@ -195,8 +196,9 @@ class SamplingConfig(Section):
     """GPUs of the sampler; None takes what compute.layout gives."""
     engine: dict[str, Any] = {}
     """Further arguments for vLLM's engine, e.g. tensor_parallel_size."""
-    update: Literal["auto", "reload", "restart"] = "auto"
-    """How new weights reach vLLM: in place, checked by the canary, or by a fresh engine."""
+    update: Literal["auto", "adapter", "reload", "restart"] = "auto"
+    """How new weights reach vLLM: as an adapter (train.lora), in place (an adapter's merged), both
+    checked by the canary, or by a fresh engine; auto takes the first that is exact."""
     endpoints: list[Endpoint] = []
     """Servers for the openai_server sampler."""
     reload_command: str | None = None
@@ -276,6 +278,47 @@ class PairsConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2021, 2106.09685) over the frozen policy 0."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of each update."""
+    alpha: Positive = 32.0
+    """Updates are scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (2312.03732): keeps high ranks learning."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before each update. Above 0 another policy is trained than the one that sampled, and
+    a round does not start from loss ln 2."""
+    target_modules: (
+        Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], _NOT_EMPTY]
+    ) = "all-linear"
+    """Names of the layers to adapt, e.g. [q_proj, v_proj]; all-linear: all but the output
+    projection."""
+    quantization: Literal["nf4"] | None = None
+    """nf4: the trainer holds policy 0 in 4 bits (QLoRA, 2305.14314); round 0 stores what these
+    amount to, which everyone else uses."""
+
+    @model_validator(mode="after")
+    def _inner_layers_only(self) -> AdapterConfig:
+        outer = {"lm_head", "embed_tokens", "embed_out", "wte"}
+        if not isinstance(self.target_modules, str) and outer & set(self.target_modules):
+            raise ValueError(
+                f"target_modules: {min(outer & set(self.target_modules))} cannot be adapted: the "
+                "log-probs are computed from its own weights; name inner layers"
+            )
+        return self
+
+
+class ReferenceUpdate(Section):
+    """A reference that follows the policy inside a round (TR-DPO, 2404.09656)."""
+
+    every: Count
+    """Optimizer steps between updates (the paper's tau)."""
+    mix: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the policy in the new reference (the paper's alpha); 1 is the hard update."""
+
+
 class LossOptions(Section):
     """Knobs of single losses, explained in docs/losses.md; null takes the loss's own default."""
 
@@ -344,6 +387,16 @@ class TrainConfig(Section):
     """bfloat16: autocast over float32 master weights."""
     gradient_checkpointing: bool = False
     """Trade a second forward pass for memory."""
+    activation_offload: bool = False
+    """Keep what gradient_checkpointing stores of each layer in the CPU's memory."""
+    adam_moments: Literal["float32", "8bit", "paged_8bit"] = "float32"
+    """How AdamW keeps its moments: 8 or 2 bytes a trained parameter, the latter (bitsandbytes,
+    2110.02861) also in pages that move to the CPU's memory when the GPU's runs out."""
+    lora: AdapterConfig | None = None
+    """Train an adapter instead of all weights; None trains all. Supervised fine-tuning before the
+    first round trains all weights in any case."""
+    reference_update: ReferenceUpdate | None = None
+    """Move the reference inside a round; it is then scored in every step, not once a round."""
     optimizer: Literal["reset", "carry"] = "reset"
     """carry: AdamW's state, warm-up and schedule span the campaign instead of a round."""
     max_tokens: Count | None = None
@@ -391,6 +444,44 @@ class TrainConfig(Section):
                 f"train.launch.{foreign[0]} is a strategy of Accelerate's own, which this trainer "
                 "does not use; to shard the model set train.parallel: fsdp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_combinations(self) -> TrainConfig:
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offload needs gradient_checkpointing: true: without it every tensor of "
+                "a layer, its weights included, would go to the CPU and back in each step"
+            )
+        shards = self.parallel == "fsdp"
+        unsharded = {
+            "lora: the frozen base lies whole on each GPU (quantization: nf4 shrinks it)": (
+                self.lora is not None
+            ),
+            "adam_moments: bitsandbytes keeps moments of whole weights": (
+                self.adam_moments != "float32"
+            ),
+            "reference_update: every process holds the moving reference whole": (
+                self.reference_update is not None
+            ),
+        }
+        why = next((why for why, is_set in unsharded.items() if is_set and shards), None)
+        if why is not None:
+            raise ValueError(f"parallel: fsdp does not go with {why}; set parallel: ddp")
+        if self.lora is not None and self.reference_update is not None:
+            raise ValueError(
+                "reference_update and lora exclude each other: the frozen base holds one adapter, "
+                "and a moving reference needs weights of its own; train all weights, or promote "
+                "more often (reference.promote)"
+            )
+        if self.reference_update is not None:
+            if not needs_reference(self.loss):
+                raise ValueError("reference_update moves the reference, and the loss has none")
+            if any(LOSS_FACTS[name].needs_mismatched for name in loss_weights(self.loss)):
+                raise ValueError(
+                    "reference_update: kto needs the reference's log-probs of responses after "
+                    "other prompts, which are not scored in every step; take another loss"
+                )
         return self
 
 
@@ -506,6 +597,7 @@ class Config(Section):
                 "judge.budget and judge.max_calls hold for the whole campaign, evaluation and "
                 "sampling.also included; evaluation.judge takes none of its own"
             )
+        self._adapter_types()
         if self.train.launch and self.train.num_processes == 1:
             raise ValueError("train.launch is for several processes; set train.num_processes")
         if (
@@ -551,11 +643,34 @@ class Config(Section):
                 LOSS_FACTS[name].needs_mismatched for name in loss_weights(self.train.loss)
             ),
             "the loss has no reference": not needs_reference(self.train.loss),
+            "train.reference_update scores the reference anew in every step": (
+                self.train.reference_update is not None
+            ),
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
         if why is not None:
             raise ValueError(f"reference.logps: sampled: {why}; set it to scored")
         return self
+
+    def _adapter_types(self) -> None:
+        """The frozen base computes in the type that its folder, and so every sampler, has."""
+        lora, precision, dtype = self.train.lora, self.train.precision, self.model.dtype
+        if lora is None:
+            if self.sampling.update == "adapter":
+                raise ValueError("sampling.update: adapter is for train.lora, which is not set")
+            return
+        if dtype == "bfloat16" and precision == "float32":
+            raise ValueError(
+                "train.lora keeps policy 0 in memory in model.dtype, and train.precision: float32 "
+                "cannot compute with bfloat16 weights; set train.precision: bfloat16, or "
+                "model.dtype: float32"
+            )
+        if lora.quantization is not None and dtype != precision:
+            raise ValueError(
+                f"train.lora.quantization: the 4-bit layers compute in train.precision "
+                f"({precision}) and what they amount to is stored in model.dtype ({dtype}); set "
+                "both to the same"
+            )
 
     @property
     def eval_judge(self) -> JudgeConfig:

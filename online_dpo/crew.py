@@ -12,6 +12,7 @@ from typing import Any
 from online_dpo.config import Config
 from online_dpo.devices import visible_gpus
 from online_dpo.errors import ConfigError
+from online_dpo.memory_options import check_memory_options
 from online_dpo.samplers.handler import refuse_unused
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
@@ -29,6 +30,7 @@ class Crew:
         self.sampler_kind = choose_sampler(config, gpu=self.gpu, vllm=has_vllm())
         refuse_unused(self.sampler_kind, config.sampling)
         _refuse_gpu_settings(config, gpu=self.gpu)
+        check_memory_options(config.train.model_dump(), "cuda" if self.gpu else "cpu")
         self.inline = _is_inline(config, gpu=self.gpu, sampler=self.sampler_kind)
         self._sampler: Worker | None = None
         self._trainer: Worker | None = None
@@ -127,6 +129,7 @@ class Crew:
             **self._common_settings(),
             "sampler": self.sampler_kind,
             "sampling": sampling,
+            "adapter_rank": config.train.lora.rank if config.train.lora is not None else None,
         }
         if self.inline:
             return InlineWorker(lambda: _load(SAMPLER)(settings))

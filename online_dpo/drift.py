@@ -60,8 +60,10 @@ FROZEN = (
     "evaluation.temperature",
     "evaluation.max_new_tokens",
     "evaluation.max_prompts",
+    "train.lora",
 )
-"""Settings that round 0, whose evaluation every later one is compared with, rests on."""
+"""Settings that round 0, whose evaluation every later one is compared with, rests on, and those
+that give every policy its form."""
 
 PLANNED = ("train.beta", "train.learning_rate", "train.optimizer", "evaluation.every")
 """Settings that a round's plan has written down."""

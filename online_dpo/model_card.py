@@ -80,6 +80,7 @@ def _made(campaign: Campaign, rounds: list[RoundView]) -> str:
             f"({describe_loss(train.loss)} loss, beta {train.beta:g}, "
             f"learning rate {train.learning_rate:g}, {train.batch_size} pairs a step)"
         ),
+        "Trained weights": _trained_weights(campaign),
         "Reference promoted": promoted.replace("_", " "),
         "Judge": _code(_public(config.judge.name)),
         "Responses": f"{sum(v.samples for v in rounds):,}, {config.sampling.n} for each prompt",
@@ -90,6 +91,15 @@ def _made(campaign: Campaign, rounds: list[RoundView]) -> str:
     }
     lines = [f"- {name}: {fact}" for name, fact in facts.items()]
     return "## How it was made\n\n" + "\n".join(lines) + "\n"
+
+
+def _trained_weights(campaign: Campaign) -> str:
+    lora = campaign.config.train.lora
+    if lora is None:
+        return "all"
+    scale = f"alpha {lora.alpha:g}" + (", rank-stabilized" if lora.rslora else "")
+    base = ", over a base in 4 bits (nf4)" if lora.quantization else ""
+    return f"a LoRA adapter of rank {lora.rank} ({scale}){base}; merged here"
 
 
 def _prompts(campaign: Campaign) -> str:

@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from online_dpo.adapter_files import is_adapter
 from online_dpo.errors import ConfigError
+from online_dpo.pinning import base_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -41,14 +48,27 @@ def load_model(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     device: str = "cpu",
+    quantize: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, its weights from safetensors files only.
 
+    An adapter's folder gives its base with the adapter in it. `quantize` holds the linear layers in
+    4 bits that compute in `dtype`.
+
     Raises ConfigError naming the folder and the cause, for weights that are missing too.
     """
+    if is_adapter(folder):
+        return _load_adapted(
+            folder,
+            dtype=dtype,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            device=device,
+        )
     from transformers import AutoModelForCausalLM
 
     _hide_progress_bars()
+    extra = _quantized(dtype, device) if quantize else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -58,6 +78,7 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **extra,
         )
     except Exception as error:
         raise _not_loaded("model", folder, error) from error
@@ -68,7 +89,11 @@ def load_model(
             f"The model in {folder} cannot be used: {len(wrong)} of its weights are missing from "
             f"the safetensors files or have another shape, e.g. {wrong[0]}."
         )
-    ready: PreTrainedModel = model.to(device).eval()
+    ready: PreTrainedModel = model.eval() if quantize else model.to(device).eval()
+    if quantize:
+        from online_dpo.quantization import keep_layout
+
+        keep_layout(ready)
     return ready
 
 
@@ -101,6 +126,21 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     except Exception as error:
         raise _not_loaded("model", folder, error) from error
     return config
+
+
+def _load_adapted(folder: Path, **how: Any) -> PreTrainedModel:
+    from online_dpo.lora import AdaptedModel, stored_config
+
+    adapted = AdaptedModel(load_model(base_folder(folder), **how), stored_config(folder))
+    adapted.load(folder)
+    return adapted.model
+
+
+def _quantized(dtype: Dtype, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told of 4-bit weights, which are made on the device itself."""
+    from online_dpo.quantization import nf4
+
+    return {"quantization_config": nf4(dtype), "device_map": {"": device}}
 
 
 def load_tokenizer(
@@ -196,15 +236,8 @@ def save_model(model: PreTrainedModel, out: Path, *, dtype: Dtype) -> None:
 
     Where `dtype` is bfloat16 the weights in memory are rounded too, so that they equal the file's.
     """
-    from transformers import GenerationConfig
-
     _hide_progress_bars()
-    given = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=_token_id(model, given, "bos_token_id"),
-        eos_token_id=_token_id(model, given, "eos_token_id"),
-        pad_token_id=_token_id(model, given, "pad_token_id"),
-    )
+    model.generation_config = _neutral_generation_config(model)
     masters = {parameter: parameter.dtype for parameter in model.parameters()}
     for parameter in masters:
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -212,6 +245,11 @@ def save_model(model: PreTrainedModel, out: Path, *, dtype: Dtype) -> None:
     model.save_pretrained(out)
     for parameter, master in masters.items():
         parameter.data = parameter.data.to(master)
+
+
+def save_generation_config(model: PreTrainedModel, out: Path) -> None:
+    """Write a neutral generation config: the special tokens, and no sampling parameter."""
+    _neutral_generation_config(model).save_pretrained(out)
 
 
 def copy_tokenizer(
@@ -243,8 +281,10 @@ def round_weights(model: PreTrainedModel, dtype: Dtype) -> None:
         parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(model: PreTrainedModel, *, offload: bool = False) -> None:
     """Recompute each layer in the backward pass, with dropout still off.
+
+    `offload` keeps the layers' inputs in the CPU's memory until then.
 
     transformers checkpoints a layer in training mode only; the layer itself is put into it, its own
     dropout rates at zero, and what is inside the layer stays in evaluation mode.
@@ -261,6 +301,10 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
+    if offload:
+        from online_dpo.training.offload import offload_checkpoints
+
+        offload_checkpoints(model)
 
 
 def max_length(model: PreTrainedModel) -> int | None:
@@ -286,6 +330,17 @@ def _hide_progress_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _neutral_generation_config(model: PreTrainedModel) -> GenerationConfig:
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    return GenerationConfig(
+        bos_token_id=_token_id(model, given, "bos_token_id"),
+        eos_token_id=_token_id(model, given, "eos_token_id"),
+        pad_token_id=_token_id(model, given, "pad_token_id"),
+    )
 
 
 def _token_id(model: PreTrainedModel, given: Any, name: str) -> Any:

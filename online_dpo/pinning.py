@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from online_dpo.adapter_files import base_of, is_adapter
 from online_dpo.errors import ConfigError, CorruptError, DriftError
 from online_dpo.files import combined_hash, read_json, sha256_file
 from online_dpo.records import ModelRef
 from online_dpo.store import RunDir
 
-_HUB = "hub:"
+HUB = "hub:"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 
 
 def model_folder(run: RunDir, model: ModelRef) -> Path:
     """Where a model's files lie here; hub models come from the local cache or the hub."""
-    if not model.path.startswith(_HUB):
-        return run.resolve(model.path)
-    name, _, commit = model.path.removeprefix(_HUB).partition("@")
+    return place_of(model.path, root=run.path)
+
+
+def place_of(path: str, *, root: Path) -> Path:
+    """The folder of a recorded path: relative to `root`, absolute, or `hub:NAME@COMMIT`."""
+    if not path.startswith(HUB):
+        return root / path
+    name, _, commit = path.removeprefix(HUB).partition("@")
     return _snapshot(name, commit)[0]
+
+
+def base_folder(adapter: Path) -> Path:
+    """Where the base model of the adapter in a folder lies."""
+    return Path(os.path.normpath(place_of(base_of(adapter).path, root=adapter)))
 
 
 def check_pin(run: RunDir) -> None:
@@ -49,7 +61,12 @@ def pin_model(path: str, revision: str | None) -> dict[str, Any]:
         folder, recorded = Path(path), str(Path(path).absolute())
     else:
         folder, commit = _snapshot(path, revision)
-        recorded = f"{_HUB}{path}@{commit}"
+        recorded = f"{HUB}{path}@{commit}"
+    if is_adapter(folder):
+        raise ConfigError(
+            f"model.path: {folder} holds an adapter, which is no model by itself. Merge it into "
+            "its base first; `online-dpo export` does that with a campaign's policy."
+        )
     hashes = _hashes(folder)
     if not any(name.endswith(".safetensors") for name in hashes):
         raise ConfigError(f"{folder} has no .safetensors file; only safetensors weights are read.")

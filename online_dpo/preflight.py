@@ -48,12 +48,20 @@ def describe(config: Config) -> str:
             f"judge         {config.judge.name}; at most {samples} scores, or {calls} comparisons "
             "a round where it is pairwise",
             f"training      {describe_loss(config.train.loss)}, beta {config.train.beta}, "
-            f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step",
+            f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step"
+            f"{_adapter(config)}",
             f"runs on       {device}, sampler {crew.sampler_kind}, "
             f"{'one process' if crew.inline else 'worker processes'}",
             f"run directory {campaign.run_dir}",
         )
     )
+
+
+def _adapter(config: Config) -> str:
+    lora = config.train.lora
+    if lora is None:
+        return ""
+    return f", an adapter of rank {lora.rank}" + (" over 4 bits" if lora.quantization else "")
 
 
 def _nowhere() -> Path:

@@ -99,7 +99,10 @@ class Campaign:
         return Dataset.from_list(preference_rows(self._run, round))
 
     def policy(self, round: int | None = None) -> Path:
-        """The folder of a round's policy, of the last finished one without a number."""
+        """The folder of a round's policy, of the last finished one without a number.
+
+        Under train.lora it holds an adapter, as PEFT reads it; `online-dpo export` merges it.
+        """
         done = [r for r in self._run.rounds() if r.finished]
         if round is not None:
             done = [r for r in done if r.number == round]

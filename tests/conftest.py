@@ -83,6 +83,27 @@ def make_tiny_model(folder: Path, architecture: str, *, seed: int = 0, **changes
     return folder
 
 
+def make_adapter(base: Path, folder: Path, *, seed: int, size: float = 0.1) -> Path:
+    """Write a LoRA adapter of rank 4 over all linear layers of `base`, its B drawn from `seed`."""
+    import torch
+
+    from online_dpo.config import AdapterConfig
+    from online_dpo.lora import AdaptedModel, lora_config
+    from online_dpo.models import copy_tokenizer, load_model
+    from online_dpo.records import ModelRef
+
+    settings = AdapterConfig(rank=4, alpha=8.0).model_dump()
+    adapted = AdaptedModel(load_model(base), lora_config(settings))
+    adapted.reset(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    adapted.save(folder, ModelRef(str(base), str(base)), base)
+    copy_tokenizer(base, folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama with its own output projection."""
@@ -101,13 +122,20 @@ def vllm_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildWorke
 
     A test loads the policy that it needs, by a sha256 of its own, and mends what it broke.
     """
+    run = tmp_path_factory.mktemp("vllm_worker")
+    worker = start_vllm_worker(run)
+    yield worker
+    worker.close()
+
+
+def start_vllm_worker(run: Path, **settings: object) -> ChildWorker:
+    """A sampler worker with vLLM on the CPU, which `fail` breaks in stated ways."""
     _require_vllm()
     from vllm_processes import ENVIRONMENT
 
     from online_dpo.workers import ChildWorker
 
-    run = tmp_path_factory.mktemp("vllm_worker")
-    worker = ChildWorker(
+    return ChildWorker(
         "sampler",
         "vllm_processes:FaultyHandler",
         {
@@ -116,13 +144,12 @@ def vllm_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildWorke
             "threads": 1,
             "model": {"path": "tiny"},
             "sampling": {"sampler": "vllm"},
+            **settings,
         },
         run=run,
         log=run / "sampler.log",
         env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)},
     )
-    yield worker
-    worker.close()
 
 
 @pytest.fixture(scope="session")

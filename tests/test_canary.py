@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_adapter, start_vllm_worker
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from online_dpo.adapter_files import is_adapter
+from online_dpo.pinning import base_folder
 from online_dpo.samplers.canary import TOLERANCES, check, deviation, make_sequences
 from online_dpo.workers import ChildWorker
 
@@ -95,7 +99,11 @@ def another_policy(folder: Path, target: Path, *, step: float) -> Path:
 
 def write_canary(folder: Path, path: Path) -> str:
     """What the trainer stores: log-probs by transformers, each sequence alone, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    if is_adapter(folder):
+        base = AutoModelForCausalLM.from_pretrained(base_folder(folder))
+        model = PeftModel.from_pretrained(base, str(folder)).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
     sequences = make_sequences(PROMPTS, max_length=384)
     logps = []
     for prompt, response in sequences:
@@ -174,3 +182,74 @@ def test_the_proof_finds_what_one_small_step_would_hide(
         assert vllm_worker.call("prove", folder=str(tiny_qwen2))["problem"] is None
     finally:
         vllm_worker.call("fail", fault=None)
+
+
+class Adapters:
+    """A base and two adapters of it, and an engine to load them into."""
+
+    def __init__(self, worker: ChildWorker, base: Path, tmp: Path) -> None:
+        self.worker = worker
+        adapters = [make_adapter(base, tmp / f"adapter-{i}", seed=i) for i in (1, 2)]
+        self.folders = [base, *adapters]
+        self.canaries = [write_canary(f, tmp / f"{i}.json") for i, f in enumerate(self.folders)]
+        self._id = str(tmp)
+        self.events: list[dict[str, Any]] = []
+
+    def load(self, index: int) -> str:
+        """How it was loaded; the canary passed."""
+        result = self.worker.call(
+            "load",
+            model={"path": str(self.folders[index]), "sha256": f"{self._id}/{index}"},
+            canary=self.canaries[index],
+            on_event=self.events.append,
+        )
+        assert result["canary"]["max_error"] < 2e-4
+        return str(result["how"])
+
+
+@pytest.fixture(scope="module")
+def adapter_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildWorker]:
+    """A vLLM engine that takes adapters of rank 4."""
+    worker = start_vllm_worker(tmp_path_factory.mktemp("adapter_worker"), adapter_rank=4)
+    yield worker
+    worker.close()
+
+
+def test_adapters_follow_each_other_in_one_engine_and_pass(
+    adapter_worker: ChildWorker, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    adapters = Adapters(adapter_worker, tiny_qwen2, tmp_path)
+    order = (0, 1, 2, 1, 0)
+    assert [adapters.load(index) for index in order] == ["fresh", *["adapter"] * 4]
+    assert adapters.events == []
+    folder = str(adapters.folders[1])
+    assert adapter_worker.call("prove_adapter", folder=folder)["problem"] is None
+    assert adapters.load(2) == "adapter"  # the proof's own adapter is gone
+    adapter_worker.call("fail", fault="no_adapter")
+    problem = adapter_worker.call("prove_adapter", folder=folder)["problem"]
+    assert "differ from transformers" in problem
+    adapter_worker.call("fail", fault=None)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_stays_behind_is_caught_and_merged_weights_take_over(
+    adapter_worker: ChildWorker, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """Runs last of those with this engine, which takes no adapters afterwards."""
+    adapters = Adapters(adapter_worker, tiny_qwen2, tmp_path)
+    for index in (1, 2, 1):  # the proof passes before the fault comes
+        adapters.load(index)
+    adapter_worker.call("fail", fault="no_adapter", fresh_engine=True)
+    assert adapters.load(2) == "restarted"
+    assert [event["event"] for event in adapters.events] == ["canary_failed"]
+    assert adapters.load(1) == "reloaded"
+    assert adapters.load(0) == "reloaded"
+
+
+def test_merged_adapters_are_loaded_in_place(
+    vllm_worker: ChildWorker, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    adapters = Adapters(vllm_worker, tiny_qwen2, tmp_path)
+    adapters.load(0)
+    assert [adapters.load(index) for index in (1, 2, 0)] == ["reloaded"] * 3
+    assert adapters.events == []

@@ -100,11 +100,12 @@ class FaultyHandler(SamplerHandler):
         """Break loading in place from now on; None mends it.
 
         no_head: a tied output projection is not passed on. stale_cache: the prefix cache keeps its
-        old keys and values. no_load: the weights of the policy before stay. A fresh engine takes
-        seconds: unless it is asked for, a load in place that works stands in for it.
+        old keys and values. no_load: the weights of the policy before stay. no_adapter: so does its
+        adapter. A fresh engine takes seconds: unless it is asked for, a load in place that works
+        stands in for it.
         """
         engine: Any = self._engine
-        for name in ("replace_weights", "forget_prefixes", "restart"):
+        for name in ("replace_weights", "forget_prefixes", "restart", "serve_adapter"):
             vars(engine).pop(name, None)
         replace = engine.replace_weights
         if fault == "no_head":
@@ -113,6 +114,8 @@ class FaultyHandler(SamplerHandler):
             engine.forget_prefixes = lambda: None
         elif fault == "no_load":
             engine.replace_weights = lambda folder, weights: None
+        elif fault == "no_adapter":
+            engine.serve_adapter = lambda folder: engine.forget_prefixes()
         if fault is not None and not fresh_engine:
             engine.restart = lambda policy, folder: _mended_load(engine, folder, replace)
         return {}
@@ -123,6 +126,13 @@ class FaultyHandler(SamplerHandler):
 
         self._loaded = None
         return {"problem": prove_reload(self._engine, Path(folder))}  # type: ignore[arg-type]
+
+    def prove_adapter(self, *, emit: Emit, folder: str) -> dict[str, Any]:
+        """Run the proof of exchanging adapters again."""
+        from online_dpo.samplers.adapter_proof import prove_adapter
+
+        self._loaded = None
+        return {"problem": prove_adapter(self._engine, Path(folder))}  # type: ignore[arg-type]
 
 
 def _without_head(engine: Any, folder: Path, weights: Any) -> None:

@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     @property
     def how(self) -> str:
-        """How the last policy was loaded: fresh, reloaded or restarted."""
+        """How the last policy was loaded: fresh, adapter, reloaded or restarted."""
 
     def load(self, policy: ModelRef, folder: Path) -> None: ...
 
@@ -81,8 +81,9 @@ class SamplerHandler:
     """Answers the orchestrator's calls; every argument and result is of JSON types.
 
     `settings` holds "sampler" (transformers, vllm or openai_server), "device" (cpu or cuda),
-    "threads" (or None), and "model" and "sampling" as their config sections. `model_source` gives
-    the transformers sampler its models where it shares a process with the trainer.
+    "threads" (or None), "model" and "sampling" as their config sections, and "adapter_rank" where
+    policies are adapters. `model_source` gives the transformers sampler its models where it shares
+    a process with the trainer.
     """
 
     def __init__(
@@ -228,7 +229,13 @@ def make_engine(
     if kind == "vllm":
         from online_dpo.samplers.vllm import VllmSampler
 
-        return VllmSampler(model, sampling, device=device, threads=threads)
+        return VllmSampler(
+            model,
+            sampling,
+            device=device,
+            threads=threads,
+            adapter_rank=settings.get("adapter_rank"),
+        )
     if kind == "openai_server":
         from online_dpo.samplers.openai_server import OpenAIServerSampler
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,18 +12,22 @@ from transformers.utils import logging
 
 from online_dpo.samplers.canary import TOLERANCES, TokenPair, deviation, make_sequences
 from online_dpo.samplers.responses import TokenPairs
-from online_dpo.samplers.weights import WeightSource, perturbed_weights
+from online_dpo.samplers.weights import NamedWeights, WeightSource, perturbed_weights
 
 
-class Reloadable(Protocol):
-    """An engine whose weights can be replaced while it runs."""
+class Probed(Protocol):
+    """An engine that tells the log-probs of given sequences by the path that sampling takes."""
 
     @property
     def dtype(self) -> str: ...
 
-    def replace_weights(self, folder: Path, weights: WeightSource) -> None: ...
-
     def probe(self, sequences: TokenPairs) -> list[list[list[float]]]: ...
+
+
+class Reloadable(Probed, Protocol):
+    """One whose weights can be replaced while it runs."""
+
+    def replace_weights(self, folder: Path, weights: WeightSource) -> None: ...
 
 
 def prove_reload(
@@ -34,21 +39,44 @@ def prove_reload(
     weights a tensor left behind, or old keys and values in the cache, could not be seen. The engine
     keeps the perturbed weights.
     """
+    return difference(
+        engine,
+        folder,
+        perturbed_weights(folder),
+        lambda: engine.replace_weights(folder, perturbed_weights),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def difference(
+    engine: Probed,
+    folder: Path,
+    weights: NamedWeights,
+    change: Callable[[], None],
+    *,
+    trust_remote_code: bool,
+) -> str | None:
+    """What is wrong with an engine after a change that is to give it these weights, if anything.
+
+    `folder` holds the config of the model that the weights are of.
+    """
     tolerance = TOLERANCES[engine.dtype]
-    model = _perturbed_model(folder, dtype=engine.dtype, trust_remote_code=trust_remote_code)
+    model = _make_model(folder, weights, dtype=engine.dtype, trust_remote_code=trust_remote_code)
     sequences = _sequences(model)
     expected = [_logprobs(model, prompt, response) for prompt, response in sequences]
     before = engine.probe(sequences)[0]
     if deviation(before, expected).within(tolerance):
         return "perturbing this model's weights does not change its log-probs"
-    engine.replace_weights(folder, perturbed_weights)
+    change()
     after = deviation(expected, engine.probe(sequences)[0])
     if not after.within(tolerance):
         return f"log-probs differ from transformers' by {after}"
     return None
 
 
-def _perturbed_model(folder: Path, *, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+def _make_model(
+    folder: Path, weights: NamedWeights, *, dtype: str, trust_remote_code: bool
+) -> PreTrainedModel:
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -58,7 +86,7 @@ def _perturbed_model(folder: Path, *, dtype: str, trust_remote_code: bool) -> Pr
     model: Any = type(empty).from_pretrained(
         None,
         config=config,
-        state_dict=dict(perturbed_weights(folder)),
+        state_dict=dict(weights),
         dtype=getattr(torch, dtype),
     )
     loaded: PreTrainedModel = model.eval()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from online_dpo.workers import Event, OnEvent, Worker
 
-_SLOWEST_FIRST = ("restarted", "fresh", "reloaded", "cached")
+_SLOWEST_FIRST = ("restarted", "fresh", "reloaded", "adapter", "cached")
 
 
 class ReplicatedSampler:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import gc
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.adapter_files import is_adapter
 from online_dpo.config import ModelConfig, SamplingConfig
 from online_dpo.errors import EngineError
+from online_dpo.merging import merged_weights, write_merged
 from online_dpo.models import load_tokenizer
+from online_dpo.pinning import base_folder
 from online_dpo.records import ModelRef, Response, SamplingParams, SamplingRequest
+from online_dpo.samplers.adapter_proof import prove_adapter
 from online_dpo.samplers.proof import prove_reload
 from online_dpo.samplers.responses import (
     Output,
@@ -23,20 +28,32 @@ from online_dpo.samplers.responses import (
     response_limit,
     trim,
 )
-from online_dpo.samplers.vllm_settings import engine_arguments, set_environment
+from online_dpo.samplers.vllm_settings import (
+    adapter_arguments,
+    engine_arguments,
+    set_environment,
+)
 from online_dpo.samplers.weights import WeightSource, stored_weights, with_head
 
 if TYPE_CHECKING:
     import vllm
     from transformers import PreTrainedTokenizerBase
+    from vllm.lora.request import LoRARequest
 
 
 class VllmSampler:
     """One engine over all rounds: new weights go in place, once that is proven to be exact here."""
 
     def __init__(
-        self, model: ModelConfig, sampling: SamplingConfig, *, device: str, threads: int | None
+        self,
+        model: ModelConfig,
+        sampling: SamplingConfig,
+        *,
+        device: str,
+        threads: int | None,
+        adapter_rank: int | None = None,
     ) -> None:
+        """`adapter_rank` is that of the adapters that policies are, from the second round on."""
         self._model = model
         self._sampling = sampling
         self._arguments = engine_arguments(model, sampling.engine, device=device)
@@ -45,6 +62,11 @@ class VllmSampler:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos: tuple[int, ...] = ()
         self._reload_is_exact: bool | None = None
+        hot = sampling.update in ("auto", "adapter")
+        self._adapter_rank = adapter_rank if hot else None
+        self._adapter: LoRARequest | None = None
+        self._num_adapters = 0
+        self._adapters_are_exact = False
         self.batch_size = None
         self.how = "fresh"
         self.dtype = str(self._arguments["dtype"])
@@ -55,25 +77,48 @@ class VllmSampler:
         return os.environ.get("VLLM_BATCH_INVARIANT", "0") != "0"
 
     def load(self, policy: ModelRef, folder: Path) -> None:
-        """A fresh engine at first; later in place, as `sampling.update` and the proof allow."""
+        """A fresh engine at first; later as `sampling.update` and the proofs allow.
+
+        That is by the adapter alone, or in place, or by another fresh engine.
+        """
         if self._llm is None:
             self._start(folder)
             self.how = "fresh"
-        elif self._may_reload(folder):
-            self.replace_weights(folder, stored_weights)
+        elif self._adapter_rank is not None and self._may_serve(folder):
+            self.serve_adapter(folder)
+            self.how = "adapter"
+        elif self._adapter_rank is None and self._may_reload(folder):
+            self.replace_weights(folder, merged_weights if is_adapter(folder) else stored_weights)
             self.how = "reloaded"
         else:
             self.restart(policy, folder)
 
     def restart(self, policy: ModelRef, folder: Path) -> None:
-        """A fresh engine; the old one ends first."""
+        """A fresh engine; the old one ends first.
+
+        Where adapters were not exact it is given their merged weights, then and from then on.
+        """
         self.close()
+        if self._sampling.update != "adapter":
+            self._adapter_rank = None
         self._start(folder)
         self.how = "restarted"
 
     def replace_weights(self, folder: Path, weights: WeightSource) -> None:
         """Put a folder's weights into the running engine and forget the keys of the old ones."""
         self._engine.collective_rpc(_reload, args=(folder, weights))
+        self.forget_prefixes()
+
+    def serve_adapter(self, folder: Path) -> None:
+        """Answer with the adapter in a folder from now on; a whole model's folder is the base's."""
+        from vllm.lora.request import LoRARequest
+
+        self._adapter = None
+        if is_adapter(folder):
+            # Every adapter has an id of its own, by which vLLM tells their keys and values apart.
+            self._num_adapters += 1
+            name = f"adapter-{self._num_adapters}"
+            self._adapter = LoRARequest(name, self._num_adapters, str(folder.absolute()))
         self.forget_prefixes()
 
     def forget_prefixes(self) -> None:
@@ -173,7 +218,7 @@ class VllmSampler:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        self._llm = self._adapter = None
         gc.collect()
         cleanup_dist_env_and_memory()
 
@@ -189,28 +234,71 @@ class VllmSampler:
 
     def _start(self, folder: Path) -> None:
         set_environment(self._threads)
-        import vllm
 
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(
                 folder, trust_remote_code=self._model.trust_remote_code
             )
         self._eos = eos_token_ids(folder, self._tokenizer)
-        try:
-            self._llm = vllm.LLM(model=str(folder), **self._arguments)
-        except Exception as error:
-            raise EngineError(
-                f"vLLM could not start with the model in {folder} and {self._arguments}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        if self._adapter_rank is not None and self._start_for_adapters(folder):
+            self.serve_adapter(folder)
+        elif is_adapter(folder):
+            with tempfile.TemporaryDirectory(prefix="online-dpo-") as merged:
+                write_merged(
+                    folder,
+                    Path(merged),
+                    dtype=self._model.dtype,
+                    trust_remote_code=self._model.trust_remote_code,
+                )
+                self._llm = self._engine_of(Path(merged), {})
+        else:
+            self._llm = self._engine_of(folder, {})
         # The first request with log-probs is slow; a real one should not be.
         self.score([((self._eos[0],), (self._eos[0],))])
+
+    def _start_for_adapters(self, folder: Path) -> bool:
+        """Start with the base; False where this architecture takes no adapters in vLLM."""
+        assert self._adapter_rank is not None
+        base = base_folder(folder) if is_adapter(folder) else folder
+        try:
+            self._llm = self._engine_of(base, adapter_arguments(self._adapter_rank))
+        except EngineError as error:
+            if self._sampling.update == "adapter" or "LoRA" not in str(error.__cause__):
+                raise
+            self._adapter_rank = None
+        return self._adapter_rank is not None
+
+    def _engine_of(self, folder: Path, more: Mapping[str, Any]) -> vllm.LLM:
+        import vllm
+
+        arguments = {**self._arguments, **more}
+        try:
+            return vllm.LLM(model=str(folder), **arguments)
+        except Exception as error:
+            raise EngineError(
+                f"vLLM could not start with the model in {folder} and {arguments}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _may_serve(self, folder: Path) -> bool:
+        """Whether adapters are exact here; proven before the first one."""
+        if self._adapters_are_exact or not is_adapter(folder):
+            return True
+        problem = prove_adapter(self, folder, trust_remote_code=self._model.trust_remote_code)
+        if problem is not None and self._sampling.update == "adapter":
+            raise EngineError(
+                f"sampling.update is adapter, but adapters are not exact with this model and vLLM: "
+                f"{problem}. Set sampling.update: reload."
+            )
+        self._adapters_are_exact = problem is None
+        return self._adapters_are_exact
 
     def _may_reload(self, folder: Path) -> bool:
         if self._sampling.update == "restart":
             return False
         if self._reload_is_exact is None:
-            problem = prove_reload(self, folder, trust_remote_code=self._model.trust_remote_code)
+            base = base_folder(folder) if is_adapter(folder) else folder
+            problem = prove_reload(self, base, trust_remote_code=self._model.trust_remote_code)
             self._reload_is_exact = problem is None
             if problem is not None and self._sampling.update == "reload":
                 raise EngineError(
@@ -270,6 +358,7 @@ class VllmSampler:
         outputs: list[Any] = self._engine.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             list(settings),
+            lora_request=self._adapter,
             use_tqdm=False if progress is None else _bar(progress),
         )
         return outputs

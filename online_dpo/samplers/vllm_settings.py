@@ -16,8 +16,15 @@ OWN_ARGUMENTS = {
     "generation_config": "the fields of sampling",
     "logprobs_mode": "the contract (raw log-probs)",
     "data_parallel_size": "the orchestrator, which starts a worker for each replica",
+    "enable_lora": "train.lora",
+    "max_lora_rank": "train.lora.rank",
+    "max_loras": "the campaign, which serves one adapter at a time",
 }
 """Engine arguments that `sampling.engine` cannot set, and what decides them."""
+
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM makes room for."""
 
 
 def engine_arguments(
@@ -42,6 +49,15 @@ def engine_arguments(
     if extra.get("tensor_parallel_size", 1) == 1 and extra.get("pipeline_parallel_size", 1) == 1:
         arguments["distributed_executor_backend"] = "uni"
     return {**arguments, **extra}
+
+
+def adapter_arguments(rank: int) -> dict[str, Any]:
+    """vLLM's engine arguments for one adapter at a time of a rank."""
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank),
+    }
 
 
 def set_environment(threads: int | None) -> None:

@@ -18,7 +18,8 @@ WeightSource = Callable[[Path], NamedWeights]
 
 HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
-_NOISE = 0.25
+NOISE = 0.25
+"""How much weights are perturbed for a proof, as a share of their size."""
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -42,7 +43,7 @@ def perturbed_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.randn(tensor.shape, generator=generator)
         size = tensor.float().pow(2).mean().sqrt().clamp_(min=1e-2)
-        yield name, (tensor.float() + _NOISE * size * noise).to(tensor.dtype)
+        yield name, (tensor.float() + NOISE * size * noise).to(tensor.dtype)
 
 
 def with_head(weights: NamedWeights) -> Iterator[tuple[str, Tensor]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from online_dpo.adapter_files import base_of, is_adapter
 from online_dpo.config import Config
 from online_dpo.crew import Crew
-from online_dpo.pinning import model_folder
+from online_dpo.pinning import base_folder, model_folder
 from online_dpo.progress import Progress
 from online_dpo.records import ModelRef, Prompt, RoundPlan
 from online_dpo.store import RoundDir, RunDir
@@ -88,9 +89,20 @@ class Context:
         return model_folder(self.run, model)
 
     def model_params(self, model: ModelRef) -> dict[str, str]:
-        """A model as workers are told of it, after its files held their hashes."""
-        self.run.verify_model(model)
+        """A model as workers are told of it, after its files and its base's held their hashes."""
+        for part in (model, self.base(model)):
+            self.run.verify_model(part)
         return {"path": str(self.folder(model)), "sha256": model.sha256}
+
+    def base(self, model: ModelRef) -> ModelRef:
+        """The model that an adapter belongs to, as plans record it; a whole model is its own."""
+        folder = self.folder(model)
+        if not is_adapter(folder):
+            return model
+        base = base_of(folder)
+        inside = base_folder(folder).is_relative_to(self.run.path)
+        path = self.run.relative(base_folder(folder)) if inside else base.path
+        return ModelRef(path, base.sha256)
 
     @contextmanager
     def working(self, stage: str) -> Iterator[None]:

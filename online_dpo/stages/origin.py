@@ -31,11 +31,20 @@ def make_origin(context: Context) -> None:
         _commit_offline(context)
     if context.config.sft is not None and not context.round.has("policy"):
         _commit_sft(context)
+    lora = context.config.train.lora
+    if lora is not None and lora.quantization is not None and not context.round.has("base"):
+        _commit_dequantized(context)
     write_canary(context, policy_zero(context.round))
 
 
 def policy_zero(origin: RoundDir) -> ModelRef:
-    """Policy 0: the sft policy, else the model as it was given."""
+    """Policy 0: what is left of it in 4 bits, else the sft policy, else the model as given."""
+    if origin.has("base"):
+        return origin.ref("base")
+    return _unquantized(origin)
+
+
+def _unquantized(origin: RoundDir) -> ModelRef:
     if origin.has("policy"):
         return origin.ref("policy")
     return _given(origin)
@@ -160,6 +169,15 @@ def _commit_offline(context: Context) -> None:
         draft.rows = result["rows"]
     # A table read before lacks the offline prompts.
     context.prompts = None
+
+
+def _commit_dequantized(context: Context) -> None:
+    """Store what the 4-bit weights amount to: the policy that samples is then the one trained."""
+    model = _unquantized(context.round)
+    params = context.model_params(model)
+    with context.round.commit("base", inputs={"model": model.sha256}) as draft:
+        context.crew.trainer().call("dequantize", model=params["path"], out=str(draft.path))
+        draft.facts = {"made_with": context.crew.facts}
 
 
 def _commit_sft(context: Context) -> None:

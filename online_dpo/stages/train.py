@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from online_dpo.adapter_files import path_from
 from online_dpo.errors import CorruptError
 from online_dpo.loss_rules import needs_reference
-from online_dpo.records import ModelRef
+from online_dpo.records import ModelRef, to_dict
 from online_dpo.stages.canary import write_canary
 from online_dpo.stages.context import Context
 from online_dpo.store import Draft
@@ -66,7 +67,10 @@ def commit_checkpoint(context: Context, path: Path, step: int, inputs: dict[str,
 
 
 def _score_reference(context: Context) -> None:
-    if context.round.has("reference") or not needs_reference(context.config.train.loss):
+    """Once a round, unless the loss has no reference, or it moves and is scored in every step."""
+    config = context.config.train
+    moves = config.reference_update is not None
+    if context.round.has("reference") or moves or not needs_reference(config.loss):
         return
     plan = context.inputs
     sampled = context.config.reference.logps == "sampled"
@@ -96,7 +100,10 @@ def _train_policy(context: Context) -> None:
         "pairs": context.round.manifest("pairs")["sha256"],
     }
     reference = None
-    if needs_reference(config.train.loss):
+    moving = plan.reference if config.train.reference_update is not None else None
+    if moving is not None:
+        inputs["reference"] = moving.sha256
+    elif needs_reference(config.train.loss):
         inputs["reference"] = context.round.manifest("reference")["sha256"]
         reference = str(context.round.verify("reference") / "logps.parquet")
     if plan.optimizer is not None:
@@ -114,6 +121,7 @@ def _train_policy(context: Context) -> None:
             model=context.model_params(plan.policy),
             pairs=str(context.round.verify("pairs") / "pairs.parquet"),
             reference_logps=reference,
+            reference=None if moving is None else context.model_params(moving),
             plan={
                 "beta": plan.beta,
                 "learning_rate": plan.learning_rate,
@@ -124,6 +132,7 @@ def _train_policy(context: Context) -> None:
             },
             optimizer=_optimizer_folder(context, plan.optimizer),
             out=str(policy.path),
+            base=_base(context, policy.path),
             optimizer_out=None if optimizer is None else str(optimizer.path),
             checkpoints=str(context.round.path / "checkpoints"),
             resume_from=None if checkpoint is None else str(context.round.path / checkpoint),
@@ -150,6 +159,16 @@ def commit_training(
     policy.facts = {"made_with": context.crew.facts}
     context.round.finish("policy", policy, inputs=inputs)
     context.crew.trainer().call("adopt", sha256=context.round.manifest("policy")["sha256"])
+
+
+def _base(context: Context, out: Path) -> dict[str, str] | None:
+    """How the adapter in `out` is to name its base; inside the run by the way from there."""
+    if context.config.train.lora is None:
+        return None
+    base = context.base(context.inputs.policy)
+    inside = base.path.startswith("rounds/")
+    path = path_from(out, context.run.resolve(base.path)) if inside else base.path
+    return to_dict(ModelRef(path, base.sha256))
 
 
 def _optimizer_folder(context: Context, optimizer: ModelRef | None) -> str | None:

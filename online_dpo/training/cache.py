@@ -34,6 +34,7 @@ class ModelCache:
         precision: Precision,
         trust_remote_code: bool,
         gradient_checkpointing: bool,
+        activation_offload: bool,
         mesh: DeviceMesh | None = None,
     ) -> None:
         """With a mesh, every model is sharded over its processes, which make the same calls."""
@@ -42,6 +43,7 @@ class ModelCache:
         self.precision = precision
         self.trust_remote_code = trust_remote_code
         self.gradient_checkpointing = gradient_checkpointing
+        self.activation_offload = activation_offload
         self.mesh = mesh
         self._policy: LogProbModel | None = None
         self._policy_sha256: str | None = None
@@ -71,8 +73,12 @@ class ModelCache:
             self._policy = self._load(folder) if small is None else copy.deepcopy(small)
         self._policy_sha256 = None
         if self.gradient_checkpointing:
-            enable_gradient_checkpointing(self._policy.model)
+            enable_gradient_checkpointing(self._policy.model, offload=self.activation_offload)
         return self._policy.to(self.device)
+
+    def load(self, folder: Path) -> LogProbModel:
+        """A model of the caller's own, whatever is in memory."""
+        return self._load(folder)
 
     def adopt(self, sha256: str) -> None:
         """Name the model trained last by the hash that its saved folder got."""

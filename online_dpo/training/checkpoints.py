@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from online_dpo.errors import CorruptError, DriftError
+from online_dpo.training.optimizers import empty_state, put_step_count, state_tensors
 from online_dpo.training.sharding import gather, local, local_rows, named_tensors
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 METRICS_FILE = "metrics.jsonl"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def save_checkpoint(
 
     Every process of a sharded model calls this, and one of them writes.
     """
-    weights = gather(named_tensors(model), keep=write)
+    weights = gather(_changing(model), keep=write)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / MODEL_FILE)
@@ -89,7 +89,7 @@ def load_checkpoint(
             f"The checkpoint {folder} was made with other settings: "
             + "; ".join(f"{k} was {recorded.get(k)}, is {current.get(k)}" for k in changed)
         )
-    _read_into(dict(named_tensors(model)), folder / MODEL_FILE)
+    _read_into(dict(_changing(model)), folder / MODEL_FILE)
     load_optimizer(folder, model, optimizer)
     lines = (folder / METRICS_FILE).read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
@@ -104,10 +104,9 @@ def save_optimizer(
     Every process of a sharded model calls this, and one of them writes.
     """
     state = (
-        (f"{name}.{moment}", optimizer.state[parameter][moment])
+        (f"{name}.{part}", tensor)
         for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for moment in MOMENTS
+        for part, tensor in state_tensors(optimizer, parameter).items()
     )
     tensors = gather(state, keep=write)
     if write:
@@ -120,20 +119,30 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
     Raises CorruptError where it is another model's state.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        state = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-        }
-        optimizer.state[parameter] = state
-        tensors |= {f"{name}.{moment}": state[moment] for moment in MOMENTS}
+    states = {
+        name: (parameter, empty_state(optimizer, parameter))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    tensors = {
+        f"{name}.{part}": t for name, (_, state) in states.items() for part, t in state.items()
+    }
     _read_into(tensors, folder / OPTIMIZER_FILE)
+    for parameter, state in states.values():
+        put_step_count(optimizer, parameter, state)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _changing(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What training may change: not the frozen weights under an adapter."""
+    return [
+        (name, tensor)
+        for name, tensor in named_tensors(model)
+        if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    ]
 
 
 def _read_into(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -142,7 +151,9 @@ def _read_into(tensors: Mapping[str, Tensor], path: Path) -> None:
         names = set(file.keys())
         if tensors.keys() != names:
             odd = min(tensors.keys() ^ names)
-            raise CorruptError(f"{path} belongs to another model: {odd} is on one side only.")
+            raise CorruptError(
+                f"{path} belongs to another model or optimizer: {odd} is on one side only."
+            )
         for name, tensor in tensors.items():
             stored = file.get_slice(name)
             if stored.get_shape() != list(tensor.shape):

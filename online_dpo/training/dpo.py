@@ -78,6 +78,11 @@ class DpoObjective:
         losses = self.loss(inputs)
         return Terms(losses.mean() * len(items), self._metrics(logps[:2], logps[:2], items))
 
+    def set_reference(self, items: Sequence[int], logps: PairLogps) -> None:
+        """Put the log-probs of these items in the place of those there were."""
+        assert self._reference is not None
+        self._reference[:, list(items)] = logps.stacked(self.loss.ld_alpha)
+
     def _inputs(
         self,
         policy: Tensor,
@@ -172,6 +177,7 @@ def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSett
         epochs=train["epochs"],
         weight_decay=train["weight_decay"],
         adam_betas=tuple(train["adam_betas"]),
+        adam_moments=train["adam_moments"],
         max_grad_norm=train["max_grad_norm"],
         checkpoint_every=train["checkpoint_every"],
         seed=plan["seed"],

@@ -15,25 +15,32 @@ from transformers import PreTrainedModel
 
 from online_dpo import models
 from online_dpo.errors import ConfigError
+from online_dpo.memory_options import check_memory_options
 from online_dpo.offline_pairs import read_offline_pairs
-from online_dpo.records import to_dict
+from online_dpo.quantization import write_dequantized
+from online_dpo.records import ModelRef, to_dict
 from online_dpo.tables import prompt_row, read_table, write_table
 from online_dpo.tokenization import Room, prepare_prompts
 from online_dpo.training import dpo
+from online_dpo.training.adapters import AdapterCache
 from online_dpo.training.cache import ModelCache
 from online_dpo.training.checkpoints import save_optimizer, write_jsonl
 from online_dpo.training.data import (
+    Pair,
     Skipped,
     demonstration_texts,
     length_limit,
     read_demonstrations,
     read_pairs,
 )
+from online_dpo.training.dpo import DpoObjective
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.loop import Emit, train
+from online_dpo.training.moving_reference import MovingReference
 from online_dpo.training.preference_loss import PreferenceLoss
 from online_dpo.training.prompts import write_prompts
 from online_dpo.training.reference import (
+    PairLogps,
     read_reference_logps,
     score_pairs,
     score_sequences,
@@ -79,15 +86,23 @@ class Trainer:
                 f"train.num_processes is {settings['num_processes']}, and "
                 f"{self.accelerator.num_processes} were started."
             )
+        how: dict[str, Any] = {
+            "device": self.accelerator.device,
+            "attention": self.model_config["attention"],
+            "precision": self.train_config["precision"],
+            "trust_remote_code": self.model_config["trust_remote_code"],
+            "gradient_checkpointing": self.train_config["gradient_checkpointing"],
+            "activation_offload": self.train_config["activation_offload"],
+        }
+        check_memory_options(self.train_config, self.accelerator.device.type)
         fsdp = self.train_config["parallel"] == "fsdp"
-        self.models = ModelCache(
-            device=self.accelerator.device,
-            attention=self.model_config["attention"],
-            precision=self.train_config["precision"],
-            trust_remote_code=self.model_config["trust_remote_code"],
-            gradient_checkpointing=self.train_config["gradient_checkpointing"],
-            mesh=make_mesh(self.accelerator.device) if fsdp else None,
+        mesh = make_mesh(self.accelerator.device) if fsdp else None
+        self.models = ModelCache(**how, mesh=mesh)
+        lora = self.train_config["lora"]
+        self.adapters = (
+            None if lora is None else AdapterCache(lora, dtype=self.model_config["dtype"], **how)
         )
+        self._trained: ModelCache | AdapterCache = self.models
 
     def init_model(
         self,
@@ -191,7 +206,7 @@ class Trainer:
         sequences: Sequence[Mapping[str, Sequence[int]]],
     ) -> dict[str, Any]:
         """Raw log-probs (nats, temperature 1) of the tokens of each {prompt, response}."""
-        loaded = self.models.get(Path(model["path"]), model["sha256"])
+        loaded = self._policies().get(Path(model["path"]), model["sha256"])
         pairs = [(sequence["prompt"], sequence["response"]) for sequence in sequences]
         logps = score_sequences(
             loaded, pairs, batch_tokens=self._batch_tokens, accelerator=self.accelerator, emit=emit
@@ -212,7 +227,7 @@ class Trainer:
         With `sampled` the log-probs that the sampler gave serve where a pair has them, and the
         result states how far they are from ours.
         """
-        loaded = self.models.get(Path(model["path"]), model["sha256"])
+        loaded = self._policies().get(Path(model["path"]), model["sha256"])
         kept, skipped = read_pairs(Path(pairs), self._limit(loaded.model))
         loss = PreferenceLoss.from_config(self.train_config)
         score = score_unsampled if sampled else score_pairs
@@ -242,9 +257,9 @@ class Trainer:
         checkpoint_every: int,
         resume_from: str | None,
     ) -> dict[str, Any]:
-        """Fine-tune on demonstrations and write the policy folder `out`."""
+        """Fine-tune all weights on demonstrations and write the policy folder `out`."""
         folder = Path(model["path"])
-        policy = self.models.take(folder, model["sha256"])
+        policy, self._trained = self.models.take(folder, model["sha256"]), self.models
         limit = length_limit(max_tokens, models.max_length(policy.model))
         rows, skipped = read_demonstrations(demonstrations, self._tokenizer(folder), limit)
         trained = train(
@@ -262,8 +277,23 @@ class Trainer:
             **_skipped(skipped),
             **summarize_sft(trained.metrics),
         }
-        self._save_policy(policy, folder, Path(out), trained.metrics, summary)
+        self._save_whole(policy, Path(out))
+        self._add_records(folder, Path(out), trained.metrics, summary)
         return summary
+
+    def dequantize(self, *, emit: Emit, model: str, out: str) -> dict[str, Any]:
+        """Write the model that a folder's weights amount to in 4 bits, as policy 0 of QLoRA."""
+        if self._first:
+            write_dequantized(
+                Path(model),
+                Path(out),
+                dtype=self.model_config["dtype"],
+                device=str(self.accelerator.device),
+                attention=self.model_config["attention"],
+                trust_remote_code=self.model_config["trust_remote_code"],
+            )
+            self._add_tokenizer(Path(model), Path(out))
+        return {}
 
     def dpo(
         self,
@@ -279,19 +309,22 @@ class Trainer:
         checkpoints: str,
         resume_from: str | None,
         soft_labels: bool = False,
+        reference: Mapping[str, str] | None = None,
+        base: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Train one round; write the policy folder `out` and, where given, `optimizer_out`.
 
         `plan` has beta, learning_rate, seed, round, rounds and optimizer_step. `reference_logps` is
-        None for a loss without a reference; with `soft_labels` the judge's p reaches the loss.
+        None for a loss without a reference, and for one that moves: it starts from the model
+        `reference`. With `soft_labels` the judge's p reaches the loss. `base` is how an adapter's
+        folder names its base; without it, by the place where it was read.
         """
         folder = Path(model["path"])
-        policy = self.models.take(folder, model["sha256"])
+        policy = self._take(folder, model["sha256"], int(plan["seed"]))
         kept, skipped = read_pairs(Path(pairs), self._limit(policy.model))
-        reference = _path(reference_logps)
-        objective = dpo.DpoObjective(
+        objective = DpoObjective(
             kept,
-            None if reference is None else read_reference_logps(reference, kept),
+            self._reference_logps(reference_logps, kept),
             loss=PreferenceLoss.from_config({**self.train_config, "beta": plan["beta"]}),
             soft_labels=soft_labels,
             device=policy.device,
@@ -305,6 +338,7 @@ class Trainer:
             checkpoints=Path(checkpoints),
             resume_from=_path(resume_from),
             optimizer_from=_path(optimizer),
+            moving=self._moving(objective, reference),
         )
         summary = {
             "steps": trained.steps,
@@ -314,7 +348,11 @@ class Trainer:
             **_skipped(skipped),
             **dpo.summarize(trained.metrics),
         }
-        self._save_policy(policy, folder, Path(out), trained.metrics, summary)
+        if self.adapters is None:
+            self._save_whole(policy, Path(out))
+        elif self._first:
+            self.adapters.save(Path(out), None if base is None else ModelRef(**base))
+        self._add_records(folder, Path(out), trained.metrics, summary)
         if optimizer_out is not None:
             folder = Path(optimizer_out)
             save_optimizer(folder, policy.model, trained.optimizer, write=self._first)
@@ -322,22 +360,68 @@ class Trainer:
 
     def adopt(self, *, emit: Emit, sha256: str) -> dict[str, Any]:
         """Learn the hash of the policy saved last, so that it need not be loaded again."""
-        self.models.adopt(sha256)
+        self._trained.adopt(sha256)
         return {}
 
     def release(self, *, emit: Emit) -> dict[str, Any]:
         """Free the device for the sampler."""
-        self.models.release()
+        self._policies().release()
         return {}
 
     def close(self) -> None:
         """Drop every model and leave the process group."""
-        self.models.clear()
+        self._policies().clear()
         self.accelerator.end_training()
 
     @property
     def _first(self) -> bool:
         return bool(self.accelerator.is_main_process)
+
+    def _policies(self) -> ModelCache | AdapterCache:
+        """Where policies and references come from."""
+        if self.adapters is None:
+            return self.models
+        self.models.clear()  # what supervised fine-tuning left behind
+        return self.adapters
+
+    def _take(self, folder: Path, sha256: str, seed: int) -> LogProbModel:
+        """The policy to train; `seed` is for a new adapter."""
+        if self.adapters is None:
+            self._trained = self.models
+            return self.models.take(folder, sha256)
+        self._policies()
+        self._trained = self.adapters
+        return self.adapters.take(folder, sha256, seed=seed)
+
+    def _reference_logps(self, path: str | None, pairs: Sequence[Pair]) -> PairLogps | None:
+        """Those scored before; of a reference that moves there are none yet."""
+        if path is not None:
+            return read_reference_logps(Path(path), pairs)
+        if self.train_config["reference_update"] is None:
+            return None
+        zeros = torch.zeros(len(pairs), dtype=torch.float64)
+        return PairLogps(zeros, zeros, zeros, zeros)
+
+    def _moving(
+        self, objective: DpoObjective, reference: Mapping[str, str] | None
+    ) -> MovingReference | None:
+        update = self.train_config["reference_update"]
+        if update is None:
+            return None
+        assert reference is not None
+        return MovingReference(
+            self.models.load(Path(reference["path"])),
+            reference["sha256"],
+            objective,
+            lambda model, pairs: score_pairs(
+                model,
+                pairs,
+                batch_tokens=self._batch_tokens,
+                accelerator=self.accelerator,
+                emit=lambda event: None,
+            )[0],
+            **update,
+        )
 
     @property
     def _batch_tokens(self) -> int:
@@ -365,29 +449,34 @@ class Trainer:
             trust_remote_code=self.model_config["trust_remote_code"],
         )
 
-    def _save_policy(
+    def _save_whole(self, policy: LogProbModel, out: Path) -> None:
+        """All weights and configs."""
+        dtype = self.model_config["dtype"]
+        models.round_weights(policy.model, dtype)
+        whole = gather_model(policy, keep=self._first)
+        if whole is not None:
+            models.save_model(whole, out, dtype=dtype)
+
+    def _add_records(
         self,
-        policy: LogProbModel,
         source: Path,
         out: Path,
         metrics: list[dict[str, Any]],
         summary: Mapping[str, Any],
     ) -> None:
-        """Weights, configs, the tokenizer as trained with, each step's metrics and a summary."""
-        dtype = self.model_config["dtype"]
-        models.round_weights(policy.model, dtype)
-        whole = gather_model(policy, keep=self._first)
-        if whole is None:
-            return
-        models.save_model(whole, out, dtype=dtype)
+        """The tokenizer as trained with, each step's metrics and a summary."""
+        if self._first:
+            self._add_tokenizer(source, out)
+            write_jsonl(out / METRICS_FILE, metrics)
+            (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+
+    def _add_tokenizer(self, source: Path, out: Path) -> None:
         models.copy_tokenizer(
             source,
             out,
             chat_template=_path(self.model_config["chat_template"]),
             trust_remote_code=self.model_config["trust_remote_code"],
         )
-        write_jsonl(out / METRICS_FILE, metrics)
-        (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _skipped(skipped: Skipped) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class LogProbModel(nn.Module):
                 "model.attention: flash_attention_2 computes in bfloat16 only. Set "
                 "train.precision: bfloat16, or model.attention: sdpa."
             )
-        self.finest_precision: Precision = "bfloat16" if flash else "float32"
+        rounded = flash or model.dtype == torch.bfloat16
+        self.finest_precision: Precision = "bfloat16" if rounded else "float32"
         self.shares, self.projects = False, True
         self.why_not_shared = f"model.attention is {given}" if given != "sdpa" else ""
         if place is not None:

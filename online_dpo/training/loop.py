@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,12 +24,15 @@ from online_dpo.training.checkpoints import (
 from online_dpo.training.coupling import couple
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
+from online_dpo.training.optimizers import make_optimizer
 from online_dpo.training.packing import Pack, Part, TokenPair
 from online_dpo.training.sharding import GradientSync, clip_gradients, sync_gradients
 from online_dpo.training.vocabulary import PartLoss, Terms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from online_dpo.training.moving_reference import MovingReference
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -76,6 +80,7 @@ class LoopSettings:
     epochs: float
     weight_decay: float
     adam_betas: tuple[float, float]
+    adam_moments: str
     max_grad_norm: float
     checkpoint_every: int
     seed: int
@@ -105,8 +110,9 @@ def train(
     checkpoints: Path,
     resume_from: Path | None = None,
     optimizer_from: Path | None = None,
+    moving: MovingReference | None = None,
 ) -> Trained:
-    """Train `model` in place.
+    """Train `model` in place, against a reference that moves with it where one is given.
 
     The gradient of a step is that of the mean over the step's items, however these are divided into
     micro-batches and processes. Raises DivergedError before a step that is not finite.
@@ -119,20 +125,29 @@ def train(
     )
     if isinstance(model, FSDPModule):
         model.reshard()  # Scoring leaves some weights whole, which is not what is trained.
-    inner = make_optimizer(model.model, settings)
-    same = _must_agree(objective, settings)
+    inner = make_optimizer(
+        model.model,
+        learning_rate=settings.learning_rate,
+        betas=settings.adam_betas,
+        weight_decay=settings.weight_decay,
+        moments=settings.adam_moments,
+    )
+    same = _must_agree(objective, settings) | (moving.settings if moving is not None else {})
+    if isinstance(model, FSDPModule):
+        wrapped, optimizer = model, inner
+    else:
+        # Before a state is loaded: what Accelerate moves about would not be the optimizer's own.
+        wrapped, optimizer = accelerator.prepare(model, inner)
     metrics: list[dict[str, Any]] = []
     taken = 0
     if resume_from is not None:
         progress = load_checkpoint(resume_from, model.model, inner, settings=same)
         metrics, taken = progress.metrics, progress.step
         assert steps[taken].cursor == progress.cursor
+        if moving is not None:
+            moving.load(resume_from)
     elif optimizer_from is not None:
         load_optimizer(optimizer_from, model.model, inner)
-    if isinstance(model, FSDPModule):
-        wrapped, optimizer = model, inner
-    else:
-        wrapped, optimizer = accelerator.prepare(model, inner)
     try:
         for number, step in enumerate(steps[taken:], start=taken + 1):
             rate = settings.learning_rate * lr_multiplier(
@@ -141,9 +156,15 @@ def train(
                 warmup=settings.warmup,
                 schedule=settings.schedule,
             )
+            # What dropout there is draws from the seed and the step alone, resumed or not.
+            torch.manual_seed(_step_seed(settings.seed, number, accelerator.process_index))
+            if moving is not None:
+                moving.before_step(step.items)
             row = _take_step(
                 wrapped, model.pack, optimizer, objective, step, settings, accelerator, number, rate
             )
+            if moving is not None:
+                moving.after_step(number, model.model)
             metrics.append({"step": number, **row})
             first = accelerator.is_main_process
             if first:
@@ -156,27 +177,14 @@ def train(
                 progress = Progress(number, following.cursor, following.epoch, same, metrics)
                 save_checkpoint(folder, model.model, inner, progress, write=first)
                 if first:
+                    if moving is not None:
+                        moving.save(folder)
                     emit({"event": "checkpoint", "path": str(folder), "step": number})
     finally:
         # Accelerate holds on to what it prepared; its own way to let go collects garbage for 0.1 s.
         accelerator._models.clear()
         accelerator._optimizers.clear()
     return Trained(metrics, inner, len(steps))
-
-
-def make_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on norms and biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.adam_betas,
-        fused=True,
-    )
 
 
 def _take_step(
@@ -229,6 +237,10 @@ def _take_step(
     return means
 
 
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def _checkpoint_due(number: int, settings: LoopSettings) -> bool:
     every = settings.checkpoint_every
     return every > 0 and number % every == 0
@@ -263,6 +275,7 @@ def _must_agree(objective: Objective, settings: LoopSettings) -> dict[str, Any]:
         "epochs": settings.epochs,
         "weight_decay": settings.weight_decay,
         "adam_betas": settings.adam_betas,
+        "adam_moments": settings.adam_moments,
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "stretch": settings.stretch,

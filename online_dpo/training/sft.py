@@ -57,6 +57,7 @@ def loop_settings(
         epochs=sft["epochs"],
         weight_decay=sft["weight_decay"],
         adam_betas=tuple(train["adam_betas"]),
+        adam_moments=train["adam_moments"],
         max_grad_norm=train["max_grad_norm"],
         checkpoint_every=checkpoint_every,
         seed=seed,
