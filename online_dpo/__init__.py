@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from online_dpo.campaign import run
     from online_dpo.errors import CampaignError
+    from online_dpo.offline_training import train_preferences
     from online_dpo.records import (
         Message,
         Preference,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         Score,
         Verdict,
     )
+    from online_dpo.training.scoring import per_token_logps, sequence_logps
     from online_dpo.views import Campaign
 
 __all__ = [
@@ -26,10 +28,20 @@ __all__ = [
     "Response",
     "Score",
     "Verdict",
+    "per_token_logps",
     "run",
+    "sequence_logps",
+    "train_preferences",
 ]
 
-_HOMES = {"Campaign": "views", "run": "campaign", "CampaignError": "errors"}
+_HOMES = {
+    "Campaign": "views",
+    "CampaignError": "errors",
+    "per_token_logps": "training.scoring",
+    "run": "campaign",
+    "sequence_logps": "training.scoring",
+    "train_preferences": "offline_training",
+}
 
 
 def __getattr__(name: str) -> Any:

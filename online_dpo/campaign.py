@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import platform
-import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +41,7 @@ from online_dpo.locks import RunLock
 from online_dpo.loop import Loop
 from online_dpo.pinning import check_pin
 from online_dpo.progress import Progress, make_progress
+from online_dpo.signals import stop_on_signals
 from online_dpo.store import RunDir
 from online_dpo.trust import check_trust
 from online_dpo.views import Campaign
@@ -191,7 +190,7 @@ def _hold_and_run(
 ) -> Campaign:
     shown = progress or make_progress(quiet=True)
     try:
-        with disk_faults(folder.path), _signals():
+        with disk_faults(folder.path), stop_on_signals():
             lock = RunLock(folder.path)
             try:
                 if changes:
@@ -220,23 +219,3 @@ def _check_ledger(folder: RunDir) -> None:
     if named:
         last = max(named, key=lambda facts: int(facts["rows"]))
         check_ledger(folder.path / LEDGER, int(last["rows"]), str(last["sha256"]))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM end the campaign in good order; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: object) -> None:
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_DFL)
-        raise SignalError(f"Stopped by {signal.Signals(number).name}.", exit_code=128 + number)
-
-    old = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for kind, handler in old.items():
-            signal.signal(kind, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import traceback
@@ -151,6 +152,35 @@ def export(
 
     for path in export_campaign(Campaign(run_dir), out, round_number, adapter=adapter):
         typer.echo(path)
+
+
+@app.command()
+def train(
+    pairs: Annotated[str, typer.Option(help="prompt, chosen, rejected: a file or a dataset.")],
+    model: Annotated[str, typer.Option(help="The model to train: a folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the policy.")],
+    reference: Annotated[
+        str | None, typer.Option(help="The frozen reference; the model itself if unset.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file with sections train, model, compute.")
+    ] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Train on given preferences (offline DPO), or go on with that."""
+    from online_dpo.offline_config import offline_config
+    from online_dpo.offline_training import describe, train_offline
+    from online_dpo.progress import make_progress
+
+    made = offline_config(pairs, model, config=config, overrides=overrides or ())
+    command = shlex.join(("online-dpo", *sys.argv[1:]))
+    idle = out.is_dir() and any(out.iterdir())
+    trained = train_offline(
+        made, out=out, reference=reference, progress=make_progress(), command=command
+    )
+    if idle:
+        typer.echo("This training was finished already: nothing to do.")
+    typer.echo(describe(trained))
 
 
 @app.command()

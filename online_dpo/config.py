@@ -247,6 +247,8 @@ class OfflinePairs(Section):
 
     path: str
     """A .jsonl or .parquet file or dataset name with columns prompt, chosen, rejected."""
+    split: str = "train"
+    """The split, where `path` names a dataset."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Share of a round's pairs that come from it."""
     append_eos: bool = True

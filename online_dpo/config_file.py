@@ -6,7 +6,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from online_dpo.errors import ConfigError
 from online_dpo.resources import find_data, shipped
 
 KeyPath = tuple[str | int, ...]
+Edit = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,24 @@ class _Lines(dict[KeyPath, int]):
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, resolved: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resolved: bool = False,
+    edit: Edit | None = None,
 ) -> LoadedConfig:
     """The config at `path` (a file, or the name of a shipped one) with `a.b=c` overrides applied.
 
     Files that it names become absolute, shipped ones keep their name. `resolved` reads a run's own
-    campaign.yaml, whose paths are already so. Raises ConfigError.
+    campaign.yaml, whose paths are already so. `edit` turns what the file holds into what is meant,
+    before the overrides. Raises ConfigError.
     """
     file = _find_config(path)
     text = _read(file)
     lines = _Lines()
     data = _parse(text, str(file), lines)
+    if edit is not None:
+        data = edit(data)
     for override in overrides:
         _apply(data, override)
     config = _validate(data, str(file), lines, overrides)
@@ -127,8 +135,12 @@ _Dumper.add_representer(str, _represent_text)
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The dotted keys whose values differ, with both values."""
-    before = dict(_leaves(old.model_dump(mode="json")))
-    after = dict(_leaves(new.model_dump(mode="json")))
+    return data_differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def data_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`differences` of nested mappings of JSON values."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
     keys = [*before, *(key for key in after if key not in before)]
     pairs = {key: (before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}

@@ -33,6 +33,7 @@ from online_dpo.errors import BY_NAME
 from online_dpo.judging import Labeller
 from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS
 from online_dpo.plugins import available
+from online_dpo.preference_forms import parse_preference
 from online_dpo.samplers.vllm_settings import OWN_ARGUMENTS, engine_arguments
 from online_dpo.tables import read_table
 from online_dpo.training.losses import LOSSES
@@ -194,6 +195,30 @@ def test_the_python_example_runs(home: Path) -> None:
     assert lines[-1] == str(home / "runs/quickstart/rounds/002/policy")
 
 
+def test_the_examples_of_training_alone_run(home: Path) -> None:
+    page = DOCS / "training.md"
+    run(home, *block(page, "sh", "--pairs").splitlines())
+    log = home / "training.txt"
+    for code in blocks(page, "python"):
+        assert in_child(execute, str(home), str(log), code) == 0, log.read_text()
+    assert re.fullmatch(r"tensor\(\[-.*, -.*\], dtype=torch.float64\)\n", log.read_text())
+    command, python = (home / name for name in ("offline", "offline-python"))
+    files = {path.name for path in command.iterdir()} - {"manifest.json"}
+    assert all((command / name).read_bytes() == (python / name).read_bytes() for name in files)
+    (told,) = re.findall(r"`summary.json` with (.*?) and the first", page.read_text())
+    summary = json.loads((command / "summary.json").read_text())
+    assert set(re.findall(r"`(\w+)`", told)) < set(summary)
+
+
+def test_the_forms_of_pairs_are_read() -> None:
+    lines = block(DOCS / "training.md", "json", "chosen").splitlines()
+    stated = [parse_preference(json.loads(line)) for line in lines]
+    assert [preference.chosen for preference in stated] == [
+        " I love it.", "Because.", "So.", "So.", "Now.",
+    ]  # fmt: skip
+    assert [len(preference.messages) for preference in stated] == [0, 1, 1, 1, 1]
+
+
 def test_the_tree_is_that_of_a_run(home: Path) -> None:
     run(home, "online-dpo report runs/quickstart")
     shown = block(README, "text", "manifest.json")
@@ -231,6 +256,9 @@ def test_the_table_of_commands_is_complete_and_they_work(home: Path) -> None:
         "RUN_DIR": "runs/first_person",
         "PAIR_ID": pair_id,
         "DIR": "out",
+        "FILE": "out/preferences.jsonl",
+        "M": "out/policy",
+        "POLICY": "trained",
     }
     ready = []
     for line in lines:
@@ -238,7 +266,8 @@ def test_the_table_of_commands_is_complete_and_they_work(home: Path) -> None:
         if plain.split()[1] not in ("resume", "doctor"):
             ready.append(re.sub(r"\b[A-Z_]+\b", lambda m: values[m[0]], plain))
     out = run(home, *ready)
-    assert pair_id in out and (home / "out/policy/model.safetensors").is_file()
+    assert pair_id in out
+    assert all((home / p / "model.safetensors").is_file() for p in ("out/policy", "trained"))
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)

@@ -161,6 +161,7 @@ def _commit_offline(context: Context) -> None:
             "tokenize_pairs",
             model=str(context.folder(model)),
             source=_table(offline.path),
+            split=offline.split,
             append_eos=offline.append_eos,
             max_tokens=context.config.prompts.max_tokens,
             prompts_table=str(prompts / "prompts.parquet"),

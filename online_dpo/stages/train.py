@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from online_dpo.stages.canary import write_canary
 from online_dpo.stages.context import Context
 from online_dpo.store import Draft
 
+Commit = Callable[[Context, Draft, dict[str, Any], dict[str, str]], None]
+"""Makes a trained policy's draft final, given the trainer's summary and the inputs' hashes."""
+
 
 def train(context: Context) -> None:
     """Commit `reference/`, `policy/` (and `optimizer/` where it is carried) and `canary/`."""
-    _score_reference(context)
+    score_reference(context)
     if not context.round.has("policy"):
-        _train_policy(context)
+        train_policy(context)
     for checkpoint in context.round.children("checkpoints"):
         context.round.remove(checkpoint)
     context.round.remove("checkpoints")
@@ -66,8 +70,11 @@ def commit_checkpoint(context: Context, path: Path, step: int, inputs: dict[str,
             context.round.remove(old)
 
 
-def _score_reference(context: Context) -> None:
-    """Once a round, unless the loss has no reference, or it moves and is scored in every step."""
+def score_reference(context: Context) -> None:
+    """Commit `reference/`: its log-probs of the round's pairs, where the loss asks for them.
+
+    A reference that moves is scored in every step instead.
+    """
     config = context.config.train
     moves = config.reference_update is not None
     if context.round.has("reference") or moves or not needs_reference(config.loss):
@@ -92,7 +99,11 @@ def _score_reference(context: Context) -> None:
         draft.rows = result["pairs"]
 
 
-def _train_policy(context: Context) -> None:
+def train_policy(context: Context, *, commit: Commit | None = None) -> None:
+    """Train on `pairs/` and `reference/` from the last step checkpoint; `commit` ends it.
+
+    Without `commit` the policy is committed as a campaign has it.
+    """
     plan, config = context.inputs, context.config
     carry = config.train.optimizer == "carry"
     inputs = {
@@ -141,7 +152,7 @@ def _train_policy(context: Context) -> None:
     if optimizer is not None:
         optimizer.facts = {"optimizer_step": result["optimizer_step"]}
         context.round.finish("optimizer", optimizer, inputs=inputs)
-    commit_training(context, policy, result, inputs)
+    (commit or commit_training)(context, policy, result, inputs)
 
 
 def commit_training(

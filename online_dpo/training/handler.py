@@ -19,6 +19,7 @@ from online_dpo.memory_options import check_memory_options
 from online_dpo.offline_pairs import read_offline_pairs
 from online_dpo.quantization import write_dequantized
 from online_dpo.records import ModelRef, to_dict
+from online_dpo.same_tokenizer import check_same_tokenizer
 from online_dpo.tables import prompt_row, read_table, write_table
 from online_dpo.tokenization import Room, prepare_prompts
 from online_dpo.training import dpo
@@ -173,21 +174,23 @@ class Trainer:
         emit: Emit,
         model: str,
         source: str,
+        split: str,
         append_eos: bool,
-        max_tokens: int,
-        prompts_table: str,
+        max_tokens: int | None,
+        prompts_table: str | None,
         out: str,
     ) -> dict[str, Any]:
         """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`.
 
-        Pairs on the evaluation prompts of `prompts_table`, the campaign's own, are left out.
+        Pairs on the evaluation prompts of `prompts_table`, a campaign's own, are left out.
         """
         if not self._first:
             return {}
-        table = read_table(Path(prompts_table))
+        table = read_table(Path(prompts_table)) if prompts_table else []
         preferences, prompts, problems = read_offline_pairs(
             self._tokenizer(Path(model)),
             source,
+            split=split,
             append_eos=append_eos,
             max_tokens=max_tokens,
             held_out={tuple(row["token_ids"]) for row in table if row["role"] == "eval"},
@@ -197,6 +200,16 @@ class Trainer:
         write_table(Path(out) / "prompts.parquet", "prompts", rows)
         write_jsonl(Path(out) / "problems.jsonl", problems)
         return {"rows": len(preferences), "problems": len(problems)}
+
+    def compare_tokenizers(self, *, emit: Emit, policy: str, reference: str) -> dict[str, Any]:
+        """Raise ConfigError where the models in two folders have different tokenizers."""
+        check_same_tokenizer(
+            self._tokenizer(Path(policy)),
+            self._tokenizer(Path(reference)),
+            policy_name=policy,
+            reference_name=reference,
+        )
+        return {}
 
     def score(
         self,
