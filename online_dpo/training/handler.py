@@ -24,6 +24,7 @@ from online_dpo.tables import prompt_row, read_table, write_table
 from online_dpo.tokenization import Room, prepare_prompts
 from online_dpo.training import dpo
 from online_dpo.training.adapters import AdapterCache
+from online_dpo.training.allocator import keep_large_blocks
 from online_dpo.training.cache import ModelCache
 from online_dpo.training.checkpoints import save_optimizer, write_jsonl
 from online_dpo.training.data import (
@@ -78,6 +79,8 @@ class Trainer:
             raise ConfigError("train: device cuda is asked for, and torch finds no GPU.")
         if settings["threads"] is not None:
             torch.set_num_threads(settings["threads"])
+        if device == "cpu":
+            keep_large_blocks()
         self.accelerator = Accelerator(
             cpu=device == "cpu",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=PATIENCE_S))],
