@@ -37,8 +37,9 @@ Rows = Iterable[Mapping[str, Any]]
 class TrainedPolicy:
     """What offline training made.
 
-    `policy` is a transformers folder; `metrics` has the means of each optimizer step in order, as
-    docs/metrics.md explains them; `summary` counts steps, pairs and what was left out, by reason.
+    `policy` is a transformers folder, with train.lora an adapter's; `metrics` has the means of each
+    optimizer step in order, as docs/metrics.md explains them; `summary` counts steps, pairs
+    and what was left out, by reason.
     """
 
     policy: Path

@@ -80,6 +80,31 @@ def test_the_folder_is_a_plain_model(trained: TrainedPolicy, tiny_llama: Path) -
     assert [path.name for path in trained.policy.parent.iterdir()] == ["policy"]
 
 
+def test_an_adapter_and_a_moving_reference_train_offline_too(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_model(tmp_path / "other", "llama", seed=5)
+    options = {"lora": {"rank": 4, "alpha": 8.0}, **TRAIN, "learning_rate": 1e-2}
+    out = tmp_path / "adapter"
+    adapted = train_preferences(ROWS, tiny_llama, out=out, config=SETTINGS, **options)
+    assert adapted.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert json.loads((out / "base.json").read_text())["path"] == str(tiny_llama)
+    before, after = (
+        online_dpo.sequence_logps(model, [[5, 6]], [[7, 8, 0]]) for model in (tiny_llama, out)
+    )
+    assert abs(float(after - before)) > 1e-3
+    found = train_preferences(
+        ROWS, tiny_llama, reference=other, out=tmp_path / "b", config=SETTINGS, **options
+    )
+    assert abs(found.metrics[0]["loss"] - math.log(2)) > 1e-2
+    moving = {**TRAIN, "reference_update": {"every": 1}}
+    found = train_preferences(ROWS, tiny_llama, out=tmp_path / "c", config=SETTINGS, **moving)
+    assert [row["loss"] for row in found.metrics] == pytest.approx([math.log(2)] * 8, abs=1e-6)
+    with pytest.raises(ConfigError, match="offline training makes no such base"):
+        four_bits = {"lora": {"quantization": "nf4"}}
+        train_preferences(ROWS, tiny_llama, out=tmp_path / "d", config=SETTINGS, **four_bits)
+
+
 def same_training(one: Path, other: Path) -> bool:
     """Whether two folders agree but for the manifest, which names the arguments."""
     skip = frozenset({"manifest.json"})
