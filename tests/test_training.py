@@ -178,14 +178,6 @@ def test_another_loss_starts_at_its_own_constant(
     assert result["first_loss"] == pytest.approx(start, rel=1e-5)
 
 
-@pytest.mark.parametrize("train", [{"loss": "aot"}, {"wpo": True}, {"margin_weight": 1.0}])
-def test_what_the_loop_cannot_supply_is_refused(
-    folder: Path, tiny_llama: Path, train: dict[str, Any]
-) -> None:
-    with pytest.raises(ConfigError, match="choose another train.loss, or switch off"):
-        Trainer(settings(**train)).dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
-
-
 def test_training_prefers_the_chosen(folder: Path, tiny_llama: Path) -> None:
     trainer = Trainer(settings(batch_size=5, epochs=10))
     result = trainer.dpo(emit=ignore, **dpo_arguments(folder, tiny_llama))
