@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from online_dpo.config import TrainConfig
-from online_dpo.training.loss_modifiers import ld_token_weights, wpo_log_weights
+from online_dpo.training.loss_modifiers import length_desensitized, wpo_log_weights
 from online_dpo.training.losses import LOSSES
 from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
 
@@ -63,11 +63,10 @@ class Data:
     def rejected(self, values: Tensor) -> Tensor:
         return values[NUM_PAIRS:]
 
-    def inputs(self, weights: Tensor | None = None) -> LossInputs:
-        """Sums over tokens, the tokens weighted by `weights` (2 B, W)."""
-        token_weights = torch.ones_like(self.policy) if weights is None else weights
-        policy = (self.policy * token_weights).sum(dim=1)
-        reference = (self.reference * token_weights).sum(dim=1)
+    def inputs(self, policy: Tensor | None = None, reference: Tensor | None = None) -> LossInputs:
+        """Log-probs (2 B,) of policy and reference, by default the sums over all tokens."""
+        policy = self.policy.sum(dim=1) if policy is None else policy
+        reference = self.reference.sum(dim=1) if reference is None else reference
         wpo = wpo_log_weights(self.policy.sum(dim=1), self.log_sum_squares.sum(dim=1), self.lengths)
         return LossInputs(
             policy_chosen_logps=self.chosen(policy),
@@ -199,18 +198,21 @@ def test_weighted_sums_with_the_likelihood_of_the_chosen(trl: SimpleNamespace) -
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
 def test_ld_alpha(trl: SimpleNamespace, alpha: float) -> None:
+    """Theirs is precomputed for the reference, by the same code as for the policy."""
     data = Data()
-    weights = torch.ones_like(data.policy)
-    lengths = data.lengths.tolist()
-    for row in range(2 * NUM_PAIRS):
-        other = lengths[(row + NUM_PAIRS) % (2 * NUM_PAIRS)]
-        own = ld_token_weights(lengths[row], other, ld_alpha=alpha)
-        weights[row, : lengths[row]] = own
+    common = torch.minimum(data.lengths, data.lengths.roll(NUM_PAIRS))
+    shared = torch.arange(WIDTH) < common[:, None]
+    weights = torch.ones_like(data.reference).masked_fill(~shared, alpha)
     reference = (data.reference * weights).sum(dim=1)
     theirs = trl_dpo(
         trl, data, loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=alpha, reference=reference
     )
-    assert our_loss(data.inputs(weights), ld_alpha=alpha) == pytest.approx(theirs, rel=1e-12)
+    weighted = [
+        length_desensitized(values.sum(dim=1), (values * shared).sum(dim=1), ld_alpha=alpha)
+        for values in (data.policy, data.reference)
+    ]
+    ours = our_loss(data.inputs(*weighted), ld_alpha=alpha)
+    assert ours == pytest.approx(theirs, rel=1e-12)
     assert theirs != pytest.approx(our_loss(data.inputs()), rel=1e-3)
 
 

@@ -16,7 +16,7 @@ from online_dpo.config import TrainConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError
 from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS, describe_loss
-from online_dpo.training.loss_modifiers import ld_token_weights, wpo_log_weights
+from online_dpo.training.loss_modifiers import length_desensitized, wpo_log_weights
 from online_dpo.training.losses import LOSSES
 from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
 
@@ -150,9 +150,10 @@ def test_wpo_weights_by_hand() -> None:
     assert not weights.requires_grad
 
 
-def test_token_weights_spare_the_shared_length() -> None:
-    assert ld_token_weights(5, 3, ld_alpha=0.4).tolist() == [1.0, 1.0, 1.0, 0.4, 0.4]
-    assert ld_token_weights(3, 5, ld_alpha=0.4).tolist() == [1.0, 1.0, 1.0]
+def test_tokens_beyond_the_shared_length_weigh_less() -> None:
+    # -10 over all tokens, of which -6 over as many as the other response has
+    logps = length_desensitized(tensor(-10.0), tensor(-6.0), ld_alpha=0.4)
+    assert logps.tolist() == pytest.approx([-7.6])
 
 
 @pytest.mark.parametrize(

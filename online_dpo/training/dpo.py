@@ -13,7 +13,7 @@ from torch import Tensor
 from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Pair
 from online_dpo.training.loop import LoopSettings
-from online_dpo.training.loss_modifiers import wpo_log_weights
+from online_dpo.training.loss_modifiers import length_desensitized, wpo_log_weights
 from online_dpo.training.packing import Part, TokenPair
 from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
 from online_dpo.training.reference import PairLogps, mismatched
@@ -65,7 +65,7 @@ class DpoObjective:
         if self.loss.needs_token_weights:
             limits = lengths.amin(dim=0).repeat(2)
             common = part.sums(logps, limits=limits).unflatten(0, (2, -1))
-            weighted = common + self.loss.ld_alpha * (plain - common)
+            weighted = length_desensitized(plain, common, ld_alpha=self.loss.ld_alpha)
         wpo = None
         if squares is not None:
             wpo = wpo_log_weights(plain, part.sums(squares).unflatten(0, (2, -1)), lengths)

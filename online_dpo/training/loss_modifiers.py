@@ -34,15 +34,14 @@ def score_margin(margins: Tensor, *, weight: float) -> Tensor:
     return weight * margins
 
 
-def ld_token_weights(length: int, other_length: int, *, ld_alpha: float) -> Tensor:
-    """(length,) weights of a response's tokens in LD-DPO (Liu et al. 2024, 2409.06411).
+def length_desensitized(logps: Tensor, common_logps: Tensor, *, ld_alpha: float) -> Tensor:
+    """Log-probs in which tokens beyond the other response's length weigh `ld_alpha`, in [0, 1].
 
-    1 up to the length of the pair's other response, `ld_alpha` in [0, 1] for the tokens beyond it.
-    They weigh the log-probs of policy and reference alike; 1 is DPO. Typical: 0.3 to 0.6.
+    LD-DPO (Liu et al. 2024, 2409.06411), for policy and reference alike: `logps` are a response's
+    sums over all tokens, `common_logps` over as many as the shorter of the pair has. 1 is DPO.
+    Typical: 0.3 to 0.6.
     """
-    weights = torch.ones(length, dtype=torch.float64)
-    weights[other_length:] = ld_alpha
-    return weights
+    return common_logps + ld_alpha * (logps - common_logps)
 
 
 def wpo_log_weights(

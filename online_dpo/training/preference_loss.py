@@ -18,7 +18,7 @@ from online_dpo.training.losses import LOSSES, nll_per_token
 class LossInputs:
     """What is known of the pairs of one step: (B,) float64 tensors, log-probs summed, in nats.
 
-    Where `needs_token_weights`, the four log-probs are sums weighted by `ld_token_weights`, and
+    Where `needs_token_weights`, the four log-probs are those of `length_desensitized`, and
     `chosen_logps_unweighted` has the policy's plain ones for the NLL. `preference_probs` is the
     judge's p where labels are soft or `needs_probs`, otherwise None. `margins` are differences of
     the judge's scores, `*_wpo_log_weights` come from `wpo_log_weights`, `*_mismatched_logps` (L,)

@@ -18,6 +18,7 @@ from online_dpo.training.batching import deal, sizes_of
 from online_dpo.training.data import Pair
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.loop import Emit
+from online_dpo.training.loss_modifiers import length_desensitized
 from online_dpo.training.packing import Part, TokenPair
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class PairLogps:
         whole = torch.stack([self.chosen, self.rejected])
         if ld_alpha != 1.0:
             common = torch.stack([self.chosen_common, self.rejected_common])
-            whole = common + ld_alpha * (whole - common)
+            whole = length_desensitized(whole, common, ld_alpha=ld_alpha)
         return whole if self.mismatched is None else torch.cat([whole, self.mismatched[None]])
 
 
