@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from online_dpo.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from online_dpo.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE, PREFIX
 from online_dpo.errors import CorruptError
-from online_dpo.files import read_json
+from online_dpo.files import read_json, remove_tree
 from online_dpo.models import Dtype, copy_tokenizer, load_model, save_model
 from online_dpo.pinning import base_folder
 from online_dpo.samplers.weights import stored_weights
@@ -76,6 +76,29 @@ def write_merged(
     _refuse_leftovers(adapter, updates)
     save_model(model, out, dtype=dtype)
     copy_tokenizer(adapter, out, trust_remote_code=trust_remote_code)
+
+
+def merge_in_place(
+    folder: Path, *, dtype: Dtype, trust_remote_code: bool = False, keep_adapter: bool
+) -> None:
+    """Put the whole policy in the place of the adapter in `folder`; PEFT's files go to `adapter/`.
+
+    Without `keep_adapter` they go.
+    """
+    whole = folder / "whole"
+    write_merged(folder, whole, dtype=dtype, trust_remote_code=trust_remote_code)
+    (folder / BASE_FILE).unlink()
+    if keep_adapter:
+        (folder / "adapter").mkdir()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if keep_adapter:
+            (folder / name).rename(folder / "adapter" / name)
+        else:
+            (folder / name).unlink()
+    for path in list(whole.iterdir()):
+        remove_tree(folder / path.name)
+        path.rename(folder / path.name)
+    whole.rmdir()
 
 
 def _scale(config: Mapping[str, Any]) -> float:

@@ -112,9 +112,3 @@ def _check_read(given: Config, config: Config) -> None:
             "train.optimizer: carry hands AdamW's state to a next round, and offline training is "
             "one round. Leave it out."
         )
-    if config.train.lora is not None and config.train.lora.quantization is not None:
-        raise ConfigError(
-            "train.lora.quantization: in a campaign, round 0 stores the model that 4 bits amount "
-            "to, and policies belong to that one; offline training makes no such base. Leave it "
-            "out, or set model.dtype: bfloat16 for a smaller base."
-        )

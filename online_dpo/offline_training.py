@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from online_dpo.adapter_files import is_adapter
 from online_dpo.config import Config
 from online_dpo.crew import Crew
 from online_dpo.errors import CampaignError, ConfigError, NoPairsError, SignalError
@@ -23,6 +24,7 @@ from online_dpo.records import ModelRef, RoundPlan, derive_seed, to_dict
 from online_dpo.rows import kind_of
 from online_dpo.signals import stop_on_signals
 from online_dpo.stages.context import Context
+from online_dpo.stages.origin import commit_dequantized
 from online_dpo.stages.train import score_reference, train_policy
 from online_dpo.store import Draft, RoundDir, read_lines
 
@@ -37,9 +39,8 @@ Rows = Iterable[Mapping[str, Any]]
 class TrainedPolicy:
     """What offline training made.
 
-    `policy` is a transformers folder, with train.lora an adapter's; `metrics` has the means of each
-    optimizer step in order, as docs/metrics.md explains them; `summary` counts steps, pairs
-    and what was left out, by reason.
+    `policy` is a transformers folder; `metrics` has the means of each optimizer step in order, as
+    docs/metrics.md explains them; `summary` counts steps, pairs and what was left out, by reason.
     """
 
     policy: Path
@@ -147,13 +148,20 @@ def _plan(config: Config, reference: str | Path | None) -> RoundPlan:
             f"{reference} (--reference) out."
         )
     policy = _pinned(config.model.path, config.model.revision)
+    frozen = policy if reference is None else _pinned(str(reference), None)
+    lora = config.train.lora
+    if frozen != policy and lora is not None and lora.quantization is not None:
+        raise ConfigError(
+            f"train.lora.quantization would hold the reference {reference} in 4 bits too, and so "
+            "score another model. Leave one of the two out."
+        )
     return RoundPlan(
         round=1,
         seed=derive_seed(config.campaign.seed, "round", 1),
         prompt_ids=(),
         prompts_sha256="",
         policy=policy,
-        reference=policy if reference is None else _pinned(str(reference), None),
+        reference=frozen,
         reference_round=0,
         beta=config.train.beta,
         learning_rate=config.train.learning_rate,
@@ -204,6 +212,7 @@ def _train(
     try:
         _compare_tokenizers(context)
         _commit_pairs(context, rows)
+        _take_quantized(context)
         score_reference(context)
         train_policy(context, commit=partial(_commit_policy, folder.arguments))
     except (ConfigError, NoPairsError):
@@ -257,6 +266,17 @@ def _commit_pairs(context: Context, rows: str | None) -> None:
         context.progress.note(f"pairs: {count} left out: {reason}")
 
 
+def _take_quantized(context: Context) -> None:
+    """Under QLoRA the model in 4 bits is the policy before training, as in a campaign."""
+    lora, plan = context.config.train.lora, context.inputs
+    if lora is None or lora.quantization is None:
+        return
+    if not context.round.has("base"):
+        commit_dequantized(context, plan.policy)
+    base = context.round.ref("base")
+    context.plan = replace(plan, policy=base, reference=base)
+
+
 def _commit_policy(
     arguments: Mapping[str, Any],
     context: Context,
@@ -264,7 +284,9 @@ def _commit_policy(
     result: dict[str, Any],
     inputs: dict[str, str],
 ) -> None:
-    """Commit a policy with its steps' metrics, its summary and what it was made of."""
+    """Commit a whole policy with its steps' metrics, its summary and what it was made of."""
+    if is_adapter(draft.path):
+        _merge(context.config, draft.path)
     problems = _problems(context.round)
     left_out = {"unusable": _reasons(problems), "unusable_examples": list(problems[:20])}
     text = to_json({**result, **left_out})
@@ -275,6 +297,19 @@ def _commit_policy(
         "made_with": {"device": facts["device"], "threads": facts["threads"]},
     }
     context.round.finish("policy", draft, inputs=inputs)
+
+
+def _merge(config: Config, folder: Path) -> None:
+    """Merge the adapter in a folder; a base in 4 bits is not kept, nor an adapter to it."""
+    from online_dpo.merging import merge_in_place
+
+    lora = config.train.lora
+    merge_in_place(
+        folder,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        keep_adapter=lora is not None and lora.quantization is None,
+    )
 
 
 def _problems(round_dir: RoundDir) -> Sequence[dict[str, Any]]:

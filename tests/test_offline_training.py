@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 from conftest import make_tiny_model
+from peft import PeftModel
 from tiny import in_child
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,29 +81,16 @@ def test_the_folder_is_a_plain_model(trained: TrainedPolicy, tiny_llama: Path) -
     assert [path.name for path in trained.policy.parent.iterdir()] == ["policy"]
 
 
-def test_an_adapter_and_a_moving_reference_train_offline_too(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_adapters_and_a_moving_reference(tiny_llama: Path, tmp_path: Path) -> None:
     other = make_tiny_model(tmp_path / "other", "llama", seed=5)
-    options = {"lora": {"rank": 4, "alpha": 8.0}, **TRAIN, "learning_rate": 1e-2}
-    out = tmp_path / "adapter"
-    adapted = train_preferences(ROWS, tiny_llama, out=out, config=SETTINGS, **options)
-    assert adapted.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert json.loads((out / "base.json").read_text())["path"] == str(tiny_llama)
-    before, after = (
-        online_dpo.sequence_logps(model, [[5, 6]], [[7, 8, 0]]) for model in (tiny_llama, out)
-    )
-    assert abs(float(after - before)) > 1e-3
+    lora = {**TRAIN, "lora": {"rank": 4, "alpha": 8.0}}
     found = train_preferences(
-        ROWS, tiny_llama, reference=other, out=tmp_path / "b", config=SETTINGS, **options
+        ROWS, tiny_llama, reference=other, out=tmp_path / "a", config=SETTINGS, **lora
     )
     assert abs(found.metrics[0]["loss"] - math.log(2)) > 1e-2
     moving = {**TRAIN, "reference_update": {"every": 1}}
-    found = train_preferences(ROWS, tiny_llama, out=tmp_path / "c", config=SETTINGS, **moving)
+    found = train_preferences(ROWS, tiny_llama, out=tmp_path / "b", config=SETTINGS, **moving)
     assert [row["loss"] for row in found.metrics] == pytest.approx([math.log(2)] * 8, abs=1e-6)
-    with pytest.raises(ConfigError, match="offline training makes no such base"):
-        four_bits = {"lora": {"quantization": "nf4"}}
-        train_preferences(ROWS, tiny_llama, out=tmp_path / "d", config=SETTINGS, **four_bits)
 
 
 def same_training(one: Path, other: Path) -> bool:
@@ -409,6 +397,39 @@ def test_sections_may_come_from_a_file(tiny_llama: Path, tmp_path: Path) -> None
     config.write_text("train:\n  betta: 0.2\n")
     with pytest.raises(ConfigError, match=r"offline\.yaml:2: unknown key 'train\.betta'"):
         train_preferences(ROWS, tiny_llama, out=tmp_path / "other", config=config)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_an_adapter_is_merged(tiny_llama: Path, tmp_path: Path, quantization: str | None) -> None:
+    """The folder is a whole model; with the base in 4 bits, what was trained and not its source."""
+    out = tmp_path / "policy"
+    adapter = {"rank": 4, "alpha": 8.0, "quantization": quantization}
+    settings: dict[str, Any] = {"config": SETTINGS, "lora": adapter, **TRAIN, "learning_rate": 1e-2}
+    made = train_preferences(ROWS, tiny_llama, out=out, **settings)
+    assert made.metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert made.metrics[-1]["accuracy"] == 1.0
+    whole = AutoModelForCausalLM.from_pretrained(out)
+    assert not (out / "adapter_config.json").exists() and not (out / "base.json").exists()
+    assert json.loads((out / "manifest.json").read_text())["files"].keys() == {
+        path.relative_to(out).as_posix()
+        for path in out.rglob("*.*")
+        if path.name != "manifest.json"
+    }
+    head = AutoModelForCausalLM.from_pretrained(tiny_llama).lm_head.weight
+    assert torch.equal(whole.lm_head.weight, head), "no adapter changes the output head"
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    if quantization is None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        adapted = PeftModel.from_pretrained(base, str(out / "adapter")).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                whole(tokens).logits, adapted(tokens).logits, atol=2e-5, rtol=0
+            )
+    else:
+        assert not (out / "adapter").exists()
+        other = make_tiny_model(tmp_path / "other", "llama", seed=1)
+        with pytest.raises(ConfigError, match="hold the reference .*other in 4 bits too"):
+            train_preferences(ROWS, tiny_llama, reference=other, out=tmp_path / "no", **settings)
 
 
 @pytest.mark.slow

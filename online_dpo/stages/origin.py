@@ -33,7 +33,7 @@ def make_origin(context: Context) -> None:
         _commit_sft(context)
     lora = context.config.train.lora
     if lora is not None and lora.quantization is not None and not context.round.has("base"):
-        _commit_dequantized(context)
+        commit_dequantized(context, _unquantized(context.round))
     write_canary(context, policy_zero(context.round))
 
 
@@ -172,9 +172,11 @@ def _commit_offline(context: Context) -> None:
     context.prompts = None
 
 
-def _commit_dequantized(context: Context) -> None:
-    """Store what the 4-bit weights amount to: the policy that samples is then the one trained."""
-    model = _unquantized(context.round)
+def commit_dequantized(context: Context, model: ModelRef) -> None:
+    """Commit `base/`, what a model's weights amount to in 4 bits.
+
+    The policy that samples, or that is exported, is then the one trained.
+    """
     params = context.model_params(model)
     with context.round.commit("base", inputs={"model": model.sha256}) as draft:
         context.crew.trainer().call("dequantize", model=params["path"], out=str(draft.path))
