@@ -27,9 +27,9 @@ from turns import Side, print_conditions, set_environment, take_turns
 from workload import SIZES, DpoJob, Size, new_job, prepare
 
 ENGINE: dict[str, dict[str, Any]] = {
-    "a": {"micro_batch_size": 4},
-    "b": {"micro_batch_size": 2},
-    "c": {"micro_batch_size": 16},
+    "a": {},
+    "b": {},
+    "c": {"micro_batch_tokens": 2048},
     "tiny": {},
 }
 """TrainConfig's fields by size, where its defaults are not the best."""

@@ -372,9 +372,9 @@ class TrainConfig(Section):
     """Share of the steps spent warming up."""
     batch_size: Count = 128
     """Pairs an optimizer step, over all processes; a smaller last batch is trained too."""
-    micro_batch_tokens: Count = 4096
+    micro_batch_tokens: Count | None = None
     """Tokens of one forward pass in one process, each prompt counted once: bounds memory, and
-    changes no gradient. A longer pair goes alone."""
+    changes no gradient. A longer pair goes alone. None is 1024 on a CPU and 4096 on a GPU."""
     micro_batch_size: Count | None = None
     """Most pairs of one forward pass in one process; None leaves it to micro_batch_tokens."""
     epochs: Count = 1

@@ -57,6 +57,9 @@ from online_dpo.training.sharding import gather_model, make_mesh
 METRICS_FILE = "train_metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Where the config leaves train.micro_batch_tokens open."""
+
 PATIENCE_S = 2 * 60 * 60
 """How long processes wait for one that reads a large model or writes a checkpoint of it."""
 
@@ -72,7 +75,9 @@ class Trainer:
 
         Raises ConfigError where the device or the number of processes is not there.
         """
-        self.train_config: Mapping[str, Any] = settings["train"]
+        given = settings["train"]
+        tokens = given["micro_batch_tokens"] or MICRO_BATCH_TOKENS[settings["device"]]
+        self.train_config: Mapping[str, Any] = {**given, "micro_batch_tokens": tokens}
         self.model_config: Mapping[str, Any] = settings["model"]
         device = settings["device"]
         if device == "cuda" and not torch.cuda.is_available():

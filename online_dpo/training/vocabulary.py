@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 
 from online_dpo.training.packing import Part
 
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
-"""Memory for logits in float32 at once: 1024 tokens of a vocabulary of 32k on a CPU."""
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**30}
+"""Memory for logits in float32 at once: 262 tokens of a vocabulary of 32k on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
