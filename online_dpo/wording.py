@@ -139,6 +139,7 @@ def remarks(rounds: Sequence[RoundView]) -> list[str]:
         _longer(first, last),
         _unjudged(last),
         _displaced(last),
+        _from_sampler(last),
     ]
     return [remark for remark in found if remark is not None]
 
@@ -196,6 +197,17 @@ def _displaced(last: RoundView) -> str | None:
     return (
         f"Round {last.round} ended with the chosen responses less likely than under the reference "
         f"(chosen reward {number(reward)}): probability has moved to other responses than these."
+    )
+
+
+def _from_sampler(last: RoundView) -> str | None:
+    error = (last.training or {}).get("sampled_max_error")
+    if error is None:
+        return None
+    checked = (last.training or {})["pairs_checked"]
+    return (
+        f"The reference's log-probs of round {last.round} came from the sampler; on {checked} "
+        f"pairs that were scored as well they differ by at most {error:.2g} nats a response."
     )
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from tiny import digests, in_child, tiny_config
 
-from online_dpo import CampaignError
+from online_dpo import Campaign, CampaignError
 from online_dpo.files import read_json
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
+from online_dpo.wording import remarks
 
 
 def run_it(config: dict[str, Any]) -> None:
@@ -92,6 +93,18 @@ def test_the_first_batch_has_loss_ln2_and_margin_0(finished: Path) -> None:
         first = json.loads(steps.read_text().splitlines()[0])
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert first["margin"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_samplers_log_probs_can_be_the_references(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", reference={"logps": "sampled"}, campaign={"rounds": 1})
+    assert in_child(run_it, config) == 0
+    campaign = Campaign(tmp_path / "run")
+    training = campaign.rounds()[1].training
+    assert training is not None
+    assert training["pairs_from_sampler"] == training["pairs"] == training["pairs_checked"]
+    assert 0 < training["sampled_max_error"] < 1e-4
+    assert training["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert "came from the sampler" in " ".join(remarks(campaign.rounds()))
 
 
 def test_samples_reconcile_with_pairs(finished: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from online_dpo.adapter_files import path_from
 from online_dpo.errors import CorruptError
+from online_dpo.files import read_json
 from online_dpo.loss_rules import needs_reference
 from online_dpo.records import ModelRef, to_dict
 from online_dpo.stages.canary import write_canary
@@ -17,6 +18,10 @@ from online_dpo.store import Draft
 
 Commit = Callable[[Context, Draft, dict[str, Any], dict[str, str]], None]
 """Makes a trained policy's draft final, given the trainer's summary and the inputs' hashes."""
+
+
+FROM_SAMPLER = ("pairs_from_sampler", "pairs_checked", "sampled_")
+"""What begins the names of figures that `reference.logps: sampled` adds."""
 
 
 def train(context: Context) -> None:
@@ -149,6 +154,7 @@ def train_policy(context: Context, *, commit: Commit | None = None) -> None:
             resume_from=None if checkpoint is None else str(context.round.path / checkpoint),
             soft_labels=config.pairs.labels == "soft",
         )
+    result |= _from_sampler(context)
     if optimizer is not None:
         optimizer.facts = {"optimizer_step": result["optimizer_step"]}
         context.round.finish("optimizer", optimizer, inputs=inputs)
@@ -180,6 +186,14 @@ def _base(context: Context, out: Path) -> dict[str, str] | None:
     inside = base.path.startswith("rounds/")
     path = path_from(out, context.run.resolve(base.path)) if inside else base.path
     return to_dict(ModelRef(path, base.sha256))
+
+
+def _from_sampler(context: Context) -> dict[str, Any]:
+    """How many pairs have the sampler's log-probs as the reference's, and how far off they are."""
+    if not context.round.has("reference"):
+        return {}
+    scored = read_json(context.round.artifact("reference") / "metrics.json")
+    return {key: value for key, value in scored.items() if key.startswith(FROM_SAMPLER)}
 
 
 def _optimizer_folder(context: Context, optimizer: ModelRef | None) -> str | None:
