@@ -15,7 +15,7 @@ from torch import nn
 
 from online_dpo.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, write_base
 from online_dpo.errors import ConfigError, CorruptError
-from online_dpo.models import save_generation_config
+from online_dpo.generation_config import save_generation_config
 from online_dpo.records import ModelRef
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import torch
 
 from online_dpo.adapter_files import is_adapter
 from online_dpo.errors import ConfigError
+from online_dpo.generation_config import neutral_generation_config
 from online_dpo.pinning import base_folder
 
 if TYPE_CHECKING:
     from transformers import (
-        GenerationConfig,
         PreTrainedConfig,
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -237,7 +237,7 @@ def save_model(model: PreTrainedModel, out: Path, *, dtype: Dtype) -> None:
     Where `dtype` is bfloat16 the weights in memory are rounded too, so that they equal the file's.
     """
     _hide_progress_bars()
-    model.generation_config = _neutral_generation_config(model)
+    model.generation_config = neutral_generation_config(model)
     masters = {parameter: parameter.dtype for parameter in model.parameters()}
     for parameter in masters:
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -245,11 +245,6 @@ def save_model(model: PreTrainedModel, out: Path, *, dtype: Dtype) -> None:
     model.save_pretrained(out)
     for parameter, master in masters.items():
         parameter.data = parameter.data.to(master)
-
-
-def save_generation_config(model: PreTrainedModel, out: Path) -> None:
-    """Write a neutral generation config: the special tokens, and no sampling parameter."""
-    _neutral_generation_config(model).save_pretrained(out)
 
 
 def copy_tokenizer(
@@ -330,22 +325,6 @@ def _hide_progress_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def _neutral_generation_config(model: PreTrainedModel) -> GenerationConfig:
-    from transformers import GenerationConfig
-
-    given = model.generation_config
-    return GenerationConfig(
-        bos_token_id=_token_id(model, given, "bos_token_id"),
-        eos_token_id=_token_id(model, given, "eos_token_id"),
-        pad_token_id=_token_id(model, given, "pad_token_id"),
-    )
-
-
-def _token_id(model: PreTrainedModel, given: Any, name: str) -> Any:
-    value = getattr(given, name, None)
-    return value if value is not None else getattr(model.config, name, None)
 
 
 def _not_loaded(what: str, folder: Path, error: Exception) -> ConfigError:

@@ -1,19 +1,16 @@
-"""4-bit weights for QLoRA (Dettmers et al. 2023, 2305.14314), and the model that they amount to."""
+"""4-bit weights for QLoRA (Dettmers et al. 2023, 2305.14314)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-
-from online_dpo.models import Dtype, load_model, save_model
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def nf4(dtype: Dtype) -> BitsAndBytesConfig:
+def nf4(dtype: str) -> BitsAndBytesConfig:
     """NF4 in blocks of 64, computing in `dtype`.
 
     The blocks' scales are not quantized in turn: 0.4 bits a weight more, and the weights are then
@@ -38,27 +35,3 @@ def keep_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-
-
-@torch.no_grad()
-def write_dequantized(
-    folder: Path,
-    out: Path,
-    *,
-    dtype: Dtype,
-    device: str,
-    attention: str = "sdpa",
-    trust_remote_code: bool = False,
-) -> None:
-    """Write the model that the 4-bit weights of a folder's model amount to, in `dtype`."""
-    import bitsandbytes
-
-    given: dict[str, Any] = {"attention": attention, "trust_remote_code": trust_remote_code}
-    quantized = load_model(folder, dtype=dtype, device=device, quantize=True, **given)
-    plain = load_model(folder, dtype=dtype, **given)
-    for name, module in quantized.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight: Any = module.weight
-            values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-            plain.get_parameter(f"{name}.weight").copy_(values)
-    save_model(plain, out, dtype=dtype)

@@ -8,34 +8,24 @@ So a step costs one forward pass more, and its result does not depend on how it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from online_dpo.training.batching import MicroBatch
-from online_dpo.training.packing import Pack, Part, TokenPair
+from online_dpo.training.objective import Objective, StepObjective
+from online_dpo.training.packing import Pack, Part
 from online_dpo.training.vocabulary import PartLoss, Terms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class StepObjective(Protocol):
-    """An objective whose loss is one of a whole step."""
-
-    def step_sequences(self, item: int) -> Sequence[TokenPair]:
-        """What the step's loss needs of an item: its `sequences`, and others after them that take
-        no gradient."""
-
-    def step_terms(self, logps: Tensor, items: Sequence[int]) -> Terms:
-        """The terms of a step from (K, n) float64 log-probs of n items' K sequences."""
-
-
 def couple(
     model: nn.Module,
     pack: Pack,
-    objective: object,
+    objective: Objective,
     items: Sequence[int],
     batches: Sequence[MicroBatch],
     accelerator: Accelerator,

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Pair
-from online_dpo.training.loop import LoopSettings
 from online_dpo.training.loss_modifiers import length_desensitized, wpo_log_weights
+from online_dpo.training.objective import LoopSettings
 from online_dpo.training.packing import Part, TokenPair
 from online_dpo.training.preference_loss import LossInputs, PreferenceLoss
 from online_dpo.training.reference import PairLogps, mismatched

@@ -14,10 +14,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from online_dpo import models
+from online_dpo.dequantization import write_dequantized
 from online_dpo.errors import ConfigError
 from online_dpo.memory_options import check_memory_options
 from online_dpo.offline_pairs import read_offline_pairs
-from online_dpo.quantization import write_dequantized
 from online_dpo.records import ModelRef, to_dict
 from online_dpo.same_tokenizer import check_same_tokenizer
 from online_dpo.tables import prompt_row, read_table, write_table
@@ -37,8 +37,9 @@ from online_dpo.training.data import (
 )
 from online_dpo.training.dpo import DpoObjective
 from online_dpo.training.logprobs import LogProbModel
-from online_dpo.training.loop import Emit, train
+from online_dpo.training.loop import train
 from online_dpo.training.moving_reference import MovingReference
+from online_dpo.training.objective import Emit
 from online_dpo.training.preference_loss import PreferenceLoss
 from online_dpo.training.prompts import write_prompts
 from online_dpo.training.reference import (

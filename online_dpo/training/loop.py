@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from online_dpo.errors import DivergedError
-from online_dpo.training.batching import Size, Step, deal, plan_steps
+from online_dpo.training.batching import Step, deal, plan_steps
 from online_dpo.training.checkpoints import (
     Progress,
     load_checkpoint,
@@ -24,71 +24,16 @@ from online_dpo.training.checkpoints import (
 from online_dpo.training.coupling import couple
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
+from online_dpo.training.objective import Emit, LoopSettings, Objective
 from online_dpo.training.optimizers import make_optimizer
-from online_dpo.training.packing import Pack, Part, TokenPair
-from online_dpo.training.sharding import GradientSync, clip_gradients, sync_gradients
-from online_dpo.training.vocabulary import PartLoss, Terms
+from online_dpo.training.packing import Pack
+from online_dpo.training.sharding import clip_gradients, sync_gradients
+from online_dpo.training.vocabulary import PartLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from online_dpo.training.moving_reference import MovingReference
-
-Emit = Callable[[dict[str, Any]], None]
-
-
-class Objective(Protocol):
-    """What is minimised: over a step's items, the sum of losses / the sum of weights."""
-
-    @property
-    def sizes(self) -> Sequence[Size]:
-        """The tokens of each item, for micro-batches of like cost."""
-
-    @property
-    def weights(self) -> Sequence[int]:
-        """What each item counts: 1 for a pair, its response tokens for a demonstration."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of the data; a checkpoint made with other data is refused."""
-
-    def sequences(self, item: int) -> Sequence[TokenPair]:
-        """What is scored of an item: sequences of one prompt, for every item equally many."""
-
-    @property
-    def needs_squares(self) -> bool:
-        """Whether `terms` takes log sum_v p(v)^2 of each token too."""
-
-    def terms(self, logps: Tensor, part: Part, squares: Tensor | None = None) -> Terms:
-        """Sums over a part's items, from the (n,) log-probs of its response tokens."""
-
-    @property
-    def coupled(self) -> bool:
-        """Whether an item's loss depends on the step's other items; it is then a StepObjective."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoopSettings:
-    """The optimizer's settings; counts of items are over all processes, but for the micro-batch."""
-
-    learning_rate: float
-    schedule: str
-    warmup: float
-    batch_size: int
-    micro_batch_tokens: int
-    micro_batch_size: int | None
-    epochs: float
-    weight_decay: float
-    adam_betas: tuple[float, float]
-    adam_moments: str
-    max_grad_norm: float
-    checkpoint_every: int
-    seed: int
-    gradient_sync: GradientSync = "step"
-    """When a sharded model's gradients are summed over processes."""
-    stretch: int = 0
-    """Which of `stretches` equal parts of the schedule this run is, from 0."""
-    stretches: int = 1
 
 
 @dataclass(frozen=True, slots=True)

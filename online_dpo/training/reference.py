@@ -17,8 +17,8 @@ from online_dpo.errors import CorruptError
 from online_dpo.training.batching import deal, sizes_of
 from online_dpo.training.data import Pair
 from online_dpo.training.logprobs import LogProbModel
-from online_dpo.training.loop import Emit
 from online_dpo.training.loss_modifiers import length_desensitized
+from online_dpo.training.objective import Emit
 from online_dpo.training.packing import Part, TokenPair
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from online_dpo.training.batching import sizes_of
 from online_dpo.training.data import Demonstration
-from online_dpo.training.loop import LoopSettings
+from online_dpo.training.objective import LoopSettings
 from online_dpo.training.packing import Part, TokenPair
 from online_dpo.training.vocabulary import Terms
 
