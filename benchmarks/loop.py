@@ -55,7 +55,7 @@ def main() -> None:
 
 def compare_rounds(folder: Path, args: argparse.Namespace) -> None:
     given = _jobs(folder, "c", args, prompts=PROMPTS, new_tokens=NEW_TOKENS)
-    train = {"micro_batch_size": args.batch_size}
+    train = {"micro_batch_tokens": 4096}
     sides = [
         Side("this engine", campaign, given({"train": train, "compute": {"workers": "inline"}})),
         *[
