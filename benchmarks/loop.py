@@ -55,9 +55,8 @@ def main() -> None:
 
 def compare_rounds(folder: Path, args: argparse.Namespace) -> None:
     given = _jobs(folder, "c", args, prompts=PROMPTS, new_tokens=NEW_TOKENS)
-    train = {"micro_batch_size": args.batch_size}
     sides = [
-        Side("this engine", campaign, given({"train": train, "compute": {"workers": "inline"}})),
+        Side("this engine", campaign, given({"compute": {"workers": "inline"}})),
         *[
             Side(
                 f"TRL tuned, micro-batch {n}", trl_side.online_dpo, given(trl_side.online_tuned(n))
