@@ -66,7 +66,8 @@ class LLMPairwise:
         self._template = _load(template)
         self._temperature = temperature
         self._max_tokens = max_tokens
-        self._price = _price(price_per_million)
+        self.price = _price(price_per_million)
+        """Dollars per million tokens, in and out; None is unknown, with which no budget goes."""
         self._extra_body = dict(extra_body) if extra_body else None
         self._structured = structured
         """Whether to ask by schema: until a server has refused that and answered without."""
@@ -91,7 +92,7 @@ class LLMPairwise:
 
         async def ask(structured: bool) -> ChatReply:
             request = self._request(prompt, first, second, fence, structured)
-            return await calls.complete(request, estimate=Estimate.at_most(request, self._price))
+            return await calls.complete(request, estimate=Estimate.at_most(request, self.price))
 
         if not self._structured:
             return await ask(False)

@@ -216,6 +216,6 @@ def _check_ledger(folder: RunDir) -> None:
         for name in round_dir.children("labels")
         if "ledger" in (manifest := round_dir.manifest(name))
     ]
-    if named:
-        last = max(named, key=lambda facts: int(facts["rows"]))
-        check_ledger(folder.path / LEDGER, int(last["rows"]), str(last["sha256"]))
+    last = max(named, key=lambda facts: int(facts["rows"]), default=None)
+    rests_on = () if last is None else (int(last["rows"]), str(last["sha256"]))
+    check_ledger(folder.path / LEDGER, *rests_on)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
+from online_dpo.clashes import in_config
 from online_dpo.loss_rules import (
     LOSS_FACTS,
     LossName,
@@ -17,8 +25,19 @@ from online_dpo.loss_rules import (
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 _NOT_EMPTY = Field(min_length=1)
+AdamBeta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _distinct(numbers: list[int]) -> list[int]:
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("names a GPU twice")
+    return numbers
+
+
+Gpus = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class Section(BaseModel):
@@ -137,7 +156,7 @@ class SftConfig(Section):
     """Shape of the learning rate after warm-up."""
     warmup: Share = 0.1
     """Share of the steps spent warming up."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
 
 
@@ -165,7 +184,7 @@ class AnswerSource(Section):
     """Answers for each prompt."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
-    price_per_million: tuple[float, float] | None = None
+    price_per_million: tuple[NonNegative, NonNegative] | None = None
     """Dollars per million tokens, in and out; [0, 0] is free; a judge.budget needs it."""
 
 
@@ -176,7 +195,7 @@ class SamplingConfig(Section):
     """auto: vllm where it finds a GPU, transformers otherwise."""
     n: Count = 8
     """Responses for each prompt."""
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: NonNegative = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus mass; 1 is off."""
@@ -184,7 +203,7 @@ class SamplingConfig(Section):
     """Most likely tokens to draw from; 0 is off."""
     max_new_tokens: Count = 512
     """Longest response in tokens."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a response; left out of its text, kept in its tokens."""
     strip_thinking: bool = False
     """Whether the judge sees the text after </think> only."""
@@ -192,7 +211,7 @@ class SamplingConfig(Section):
     """Prompts written, committed and labelled together: the unit of resume."""
     batch_size: Count = 256
     """Sequences that the transformers sampler generates at once; halved when memory runs out."""
-    devices: list[int] | None = None
+    devices: Gpus | None = None
     """GPUs of the sampler; None takes what compute.layout gives."""
     engine: dict[str, Any] = {}
     """Further arguments for vLLM's engine, e.g. tensor_parallel_size."""
@@ -236,7 +255,7 @@ class JudgeConfig(Section):
     """Deadline of one judgement, retries excluded."""
     retries: Annotated[int, Field(ge=0, le=20)] = 4
     """Further attempts after a rate limit, a timeout or a server error."""
-    budget: Annotated[float, Field(gt=0.0)] | None = None
+    budget: Positive | None = None
     """Dollars for all paid calls of the campaign; None is without limit."""
     max_calls: Count | None = None
     """Paid calls of the whole campaign; None is without limit."""
@@ -260,7 +279,7 @@ class PairsConfig(Section):
 
     selector: str = "best_worst"
     """best_worst, best_random, random, all, or a function by `module:attr` or `file.py:attr`."""
-    min_margin: Annotated[float, Field(ge=0.0)] = 0.0
+    min_margin: NonNegative = 0.0
     """Smallest margin: score units for scores, |p - 0.5| for comparisons; ties never pair."""
     max_per_prompt: Count | None = None
     """Most pairs of one prompt, the widest margins first; None is without limit."""
@@ -324,7 +343,7 @@ class ReferenceUpdate(Section):
 class LossOptions(Section):
     """Knobs of single losses, explained in docs/losses.md; null takes the loss's own default."""
 
-    gamma: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    gamma: NonNegative | None = None
     """simpo: the target margin, 0.5 by default."""
     lambda_: Positive | None = None
     """orpo: weight of the odds ratio beside the NLL, 0.1 by default."""
@@ -348,15 +367,15 @@ class TrainConfig(Section):
     """Assumed share of flipped labels (cDPO); for sigmoid, robust, exo_pair, aot, aot_unpaired."""
     loss_options: LossOptions = LossOptions()
     """Knobs of single losses."""
-    nll_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    nll_weight: NonNegative = 0.0
     """RPO: weight of the chosen response's mean NLL per token (2404.19733, eq. 1)."""
-    dpop_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    dpop_weight: NonNegative = 0.0
     """DPOP: lambda of the penalty on a chosen response that falls below the reference (2402.13228);
     typical 5 to 50."""
-    length_penalty: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    length_penalty: NonNegative = 0.0
     """R-DPO: reward taken from a response for each of its tokens (2403.19159); at 0.01 a difference
     of 100 tokens counts as a margin of 1."""
-    margin_weight: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    margin_weight: NonNegative = 0.0
     """ODPO: the margin demanded of a pair for each unit by which the judge's scores differ
     (2402.10571); for comparisons the unit is |p - 0.5|."""
     ld_alpha: Share = 1.0
@@ -379,9 +398,9 @@ class TrainConfig(Section):
     """Most pairs of one forward pass in one process; None leaves it to micro_batch_tokens."""
     epochs: Count = 1
     """Passes over a round's pairs."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[Share, Share] = (0.9, 0.999)
+    adam_betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.999)
     """AdamW's averaging coefficients."""
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
@@ -413,7 +432,7 @@ class TrainConfig(Section):
     gradient_sync: Literal["step", "micro_batch"] = "step"
     """When gradients are summed over processes; with fsdp, once a step holds a whole float32
     gradient in each process, once a micro-batch only its shard."""
-    devices: list[int] | None = None
+    devices: Gpus | None = None
     """GPUs of the trainer; None takes what compute.layout gives."""
     listen: str | None = None
     """HOST:PORT where trainer processes on other machines reach this one."""
@@ -507,7 +526,7 @@ class EvaluationConfig(Section):
     """Rounds between evaluations; the last round is always evaluated."""
     max_prompts: Count | None = None
     """Held-out prompts to use; None is all."""
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: NonNegative = 1.0
     """Temperature of the answers that are judged; KL is always estimated at temperature 1."""
     max_new_tokens: Count | None = None
     """Longest answer in tokens; None takes sampling.max_new_tokens."""
@@ -673,6 +692,13 @@ class Config(Section):
                 f"({precision}) and what they amount to is stored in model.dtype ({dtype}); set "
                 "both to the same"
             )
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Config:
+        problem = next(in_config(self), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
 
     @property
     def eval_judge(self) -> JudgeConfig:

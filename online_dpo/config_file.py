@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from online_dpo.config import Config
+from online_dpo.config_errors import KeyPath, Lines, explain
 from online_dpo.errors import ConfigError
 from online_dpo.resources import find_data, shipped
 
-KeyPath = tuple[str | int, ...]
 Edit = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -53,10 +52,6 @@ _Loader.add_implicit_resolver(
 )
 
 
-class _Lines(dict[KeyPath, int]):
-    """The line (from 1) on which each key of a document stands."""
-
-
 def load_config(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -72,7 +67,7 @@ def load_config(
     """
     file = _find_config(path)
     text = _read(file)
-    lines = _Lines()
+    lines = Lines()
     data = _parse(text, str(file), lines)
     if edit is not None:
         data = edit(data)
@@ -91,7 +86,7 @@ def config_from_dict(
     values = copy.deepcopy(dict(data))
     for override in overrides:
         _apply(values, override)
-    config = _validate(values, "the given mapping", _Lines(), overrides)
+    config = _validate(values, "the given mapping", Lines(), overrides)
     folder = base or Path.cwd()
     return LoadedConfig(_resolve_paths(config, folder, "campaign"), folder, "<python>")
 
@@ -101,7 +96,7 @@ def override_config(config: Config, overrides: Sequence[str], *, source: str) ->
     data = config.model_dump(mode="json")
     for override in overrides:
         _apply(data, override)
-    return _validate(data, source, _Lines(), overrides)
+    return _validate(data, source, Lines(), overrides)
 
 
 def dump_yaml(data: Any) -> str:
@@ -176,7 +171,7 @@ def _read(file: Path) -> str:
         raise ConfigError(f"{file} cannot be read: {error}") from error
 
 
-def _parse(text: str, source: str, lines: _Lines) -> dict[str, Any]:
+def _parse(text: str, source: str, lines: Lines) -> dict[str, Any]:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -195,7 +190,7 @@ def _parse(text: str, source: str, lines: _Lines) -> dict[str, Any]:
     return data
 
 
-def _build(loader: _Loader, node: yaml.Node, path: KeyPath, source: str, lines: _Lines) -> Any:
+def _build(loader: _Loader, node: yaml.Node, path: KeyPath, source: str, lines: Lines) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
         raise ConfigError(f"{source}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
@@ -249,95 +244,18 @@ def _scalar_or_flow(text: str, override: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        return None if node is None else _build(loader, node, (), f"--set {override}", _Lines())
+        return None if node is None else _build(loader, node, (), f"--set {override}", Lines())
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
     finally:
         loader.dispose()
 
 
-def _validate(data: dict[str, Any], source: str, lines: _Lines, overrides: Sequence[str]) -> Config:
+def _validate(data: dict[str, Any], source: str, lines: Lines, overrides: Sequence[str]) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(problem, source, lines, overrides) for problem in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(problems))) from None
-
-
-def _explain(
-    problem: Mapping[str, Any], source: str, lines: _Lines, overrides: Sequence[str]
-) -> str:
-    location: KeyPath = tuple(problem["loc"])
-    path, place = _place(location, source, lines, overrides)
-    dotted = ".".join(str(part) for part in path)
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown key {dotted!r}{_did_you_mean(path)}"
-    if problem["type"] == "missing":
-        return f"{place}: {'.'.join(map(str, location))!r} is required"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not dotted or problem["type"] == "value_error":
-        return f"{place}: {message}"
-    return f"{place}: {dotted}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
-
-
-def _place(
-    location: KeyPath, source: str, lines: _Lines, overrides: Sequence[str]
-) -> tuple[KeyPath, str]:
-    """The part of a pydantic location that the user wrote, and where it stands."""
-    path = location
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if ".".join(map(str, location)).startswith(key):
-            return tuple(key.split(".")), f"--set {override}"
-    while path and path not in lines and lines:
-        path = path[:-1]
-    line = lines.get(path)
-    known = path or location
-    return known, f"{source}:{line}" if line is not None else source
-
-
-def _did_you_mean(path: KeyPath) -> str:
-    """The nearest known key of the same section, or of any section, as a question."""
-    model = _section(path[:-1])
-    name = str(path[-1])
-    here = list(model.model_fields) if model is not None else []
-    near = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {'.'.join([*map(str, path[:-1]), near[0]])!r}?"
-    elsewhere = [
-        f"{section}.{key}"
-        for section, field in Config.model_fields.items()
-        for key in _fields(field.annotation)
-        if key == name or difflib.get_close_matches(name, [key], n=1, cutoff=0.8)
-    ]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]!r}?"
-    return f"; known here: {', '.join(here)}" if here else ""
-
-
-def _section(path: KeyPath) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Config
-    for part in path:
-        if isinstance(part, int) or model is None:
-            continue
-        field = model.model_fields.get(part)
-        model = None if field is None else _model_of(field.annotation)
-    return model
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_of(argument)
-        if found is not None:
-            return found
-    return None
-
-
-def _fields(annotation: Any) -> list[str]:
-    model = _model_of(annotation)
-    return list(model.model_fields) if model is not None else []
+        raise ConfigError(explain(error, data, source, lines, overrides)) from None
 
 
 def _resolve_paths(config: Config, base: Path, stem: str) -> Config:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from online_dpo.clashes import num_sampler_gpus, on_machine
 from online_dpo.config import Config
 from online_dpo.devices import visible_gpus
 from online_dpo.errors import ConfigError
 from online_dpo.memory_options import check_memory_options
-from online_dpo.samplers.handler import refuse_unused
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
 TRAINER = "online_dpo.training.handler:Trainer"
@@ -28,9 +28,11 @@ class Crew:
         self._run = run
         self.gpu = _uses_gpu(config)
         self.sampler_kind = choose_sampler(config, gpu=self.gpu, vllm=has_vllm())
-        refuse_unused(self.sampler_kind, config.sampling)
-        _refuse_gpu_settings(config, gpu=self.gpu)
         check_memory_options(config.train.model_dump(), "cuda" if self.gpu else "cpu")
+        gpus = len(visible_gpus()) if self.gpu else 0
+        problem = next(on_machine(config, sampler=self.sampler_kind, gpus=gpus), None)
+        if problem is not None:
+            raise ConfigError(f"{problem}.")
         self.inline = _is_inline(config, gpu=self.gpu, sampler=self.sampler_kind)
         self._sampler: Worker | None = None
         self._trainer: Worker | None = None
@@ -163,15 +165,7 @@ class Crew:
         if not self.gpu:
             return [None] * replicas
         here = devices if devices is not None else list(visible_gpus())
-        engine = self._config.sampling.engine
-        span = int(engine.get("tensor_parallel_size", 1)) * int(
-            engine.get("pipeline_parallel_size", 1)
-        )
-        if len(here) < span * replicas:
-            raise ConfigError(
-                f"{replicas} replicas of {span} GPUs each need {replicas * span} GPUs, and "
-                f"{len(here)} are there. Lower data_parallel_size in sampling.engine."
-            )
+        span = num_sampler_gpus(self._config, self.sampler_kind) // replicas
         return [here[index * span : (index + 1) * span] for index in range(replicas)]
 
     def _common_settings(self) -> dict[str, Any]:
@@ -193,6 +187,8 @@ class Crew:
 
     def _environment(self, devices: list[str] | None) -> Mapping[str, str]:
         env = {} if devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        if not self.gpu:
+            env["CUDA_VISIBLE_DEVICES"] = ""  # compute.device: cpu, on a machine with GPUs
         if self._config.compute.threads is not None:
             env["OMP_NUM_THREADS"] = str(self._config.compute.threads)
         return env
@@ -240,17 +236,6 @@ def _uses_gpu(config: Config) -> bool:
     if wanted == "cuda" and not visible_gpus():
         raise ConfigError("compute.device is cuda, but no NVIDIA GPU is visible.")
     return wanted == "cuda" or (wanted == "auto" and bool(visible_gpus()))
-
-
-def _refuse_gpu_settings(config: Config, *, gpu: bool) -> None:
-    given = {
-        "sampling.devices": config.sampling.devices is not None,
-        "train.devices": config.train.devices is not None,
-        "compute.layout": config.compute.layout != "colocated",
-    }
-    for name, is_set in given.items():
-        if is_set and not gpu:
-            raise ConfigError(f"{name} places work on GPUs, and this campaign runs on the CPU.")
 
 
 def _is_inline(config: Config, *, gpu: bool, sampler: str) -> bool:

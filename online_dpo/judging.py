@@ -19,6 +19,7 @@ from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.files import disk_faults
@@ -57,8 +58,12 @@ class Labeller:
         round: int,
         on_event: OnEvent,
         log: Path | None = None,
+        section: str = "judge",
     ) -> None:
-        """Raises ConfigError where the judge cannot be imported or made, or its settings clash."""
+        """`section` is where the config stands in the campaign's, for messages.
+
+        Raises ConfigError where the judge cannot be imported or made, or its settings clash.
+        """
         self.config = judge_config
         self.round = round
         self._seed = seed
@@ -68,16 +73,18 @@ class Labeller:
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
+        self.mode: Mode
+        self._priced = True
         self._version: str
         self._asker: Asker
         self._prepare()
-        try:
-            _refuse_clashes(judge_config, self.kind)
-            if not isinstance(self._asker, LoopAsker):
-                _refuse_paid_options(judge_config)
-        except ConfigError:
+        compares = self.kind == "compare"
+        clashes = of_judge(
+            judge_config, section=section, compares=compares, mode=self.mode, priced=self._priced
+        )
+        if (problem := next(clashes, None)) is not None:
             self.close()
-            raise
+            raise ConfigError(f"{problem}.")
 
     @property
     def identity(self) -> dict[str, str]:
@@ -178,7 +185,7 @@ class Labeller:
             process.close()
             raise
         if found["mode"] == "worker":
-            self.kind, self._version = found["kind"], found["version"]
+            self.kind, self.mode, self._version = found["kind"], "worker", found["version"]
             self._asker = ProcessAsker(process, self.config, found["function"])
             return
         process.close()
@@ -186,7 +193,8 @@ class Labeller:
 
     def _take(self, form: Form, mode: Mode) -> None:
         """Use a judge that runs in this process."""
-        self.kind, self._version = form.kind, form.version
+        self.kind, self.mode, self._version = form.kind, mode, form.version
+        self._priced = getattr(form.judge, "price", ()) is not None
         if mode == "inline":
             self._asker = InlineAsker(form)
         else:
@@ -248,29 +256,6 @@ class _Progress:
     def _emit(self, event: str) -> None:
         invalid = dict(sorted(self._invalid.items()))
         self._on_event({"event": event, **self._facts, "done": self._done, "invalid": invalid})
-
-
-def _refuse_clashes(config: JudgeConfig, kind: Kind) -> None:
-    if kind == "compare":
-        return
-    for field, default in (("orders", "both"), ("comparisons", "all")):
-        value = getattr(config, field)
-        if value != default:
-            raise ConfigError(
-                f"judge.{field}: {value} is for judges that compare; {config.name!r} scores each "
-                f"response by itself. Leave judge.{field} out."
-            )
-
-
-def _refuse_paid_options(config: JudgeConfig) -> None:
-    """Raise ConfigError for settings of paid calls where the judge can make none."""
-    defaults = type(config).model_fields
-    for field in ("concurrency", "retries"):
-        if getattr(config, field) != defaults[field].default:
-            raise ConfigError(
-                f"judge.{field} is for judges that call an API; {config.name!r} makes no calls. "
-                f"Leave judge.{field} out."
-            )
 
 
 def _as_scores(answer: Answer) -> tuple[Score, ...]:

@@ -14,7 +14,6 @@ durable for each caller, without one fsync for each.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import sqlite3
@@ -88,15 +87,6 @@ class Ledger:
         """What all rows count for."""
         return self._submit(table.totals)
 
-    def digest(self, rows: int | None = None) -> Future[tuple[int, str]]:
-        """(number of final rows, sha256 over their hashes), of all or of the first `rows`.
-
-        Final rows are never changed, so the digest of the first n stays what it was. Every row is
-        hashed anew: raises CorruptError where one was altered, or where there are fewer than
-        `rows`.
-        """
-        return self._submit(lambda db: table.digest(db, self.path, rows))
-
     def close(self) -> None:
         """Commit what is queued and close. Safe to repeat."""
         if self._thread.is_alive():
@@ -140,30 +130,49 @@ class _Job:
         return self.future.set_running_or_notify_cancel()
 
 
-def check_ledger(path: Path, rows: int, sha256: str) -> None:
-    """Raise CorruptError unless the ledger still begins with the rows that a manifest names."""
-    if rows == 0:
+def check_ledger(path: Path, rows: int = 0, sha256: str = table.NO_ROWS) -> None:
+    """Hash a ledger anew from its first row to its last; to be called once a start.
+
+    Raises CorruptError where a row was altered or is missing, and unless the ledger still begins
+    with the `rows` whose running hash a manifest names.
+    """
+    if not path.is_file() or path.stat().st_size == 0:
+        if rows:
+            raise CorruptError(f"{path} is missing; the labels rest on {rows} rows of it.")
         return
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing; the labels rest on {rows} rows of it.")
-    ledger = Ledger(path)
-    try:
-        _, found = ledger.digest(rows).result()
-    finally:
-        ledger.close()
-    if found != sha256:
+    if _read(path, lambda db: table.check(db, path, rows)) != sha256:
         raise CorruptError(f"{path} is not the ledger that the labels were made with.")
 
 
 def digest_of(path: Path) -> tuple[int, str]:
-    """(number of final rows, sha256) of a ledger that may not exist, for a label manifest."""
+    """(number of final rows, their running hash) of a ledger that may not exist.
+
+    It is carried along with every row, so that this takes the same time whatever the ledger holds.
+    Final rows are never changed: the hash after the first n stays what it was.
+    """
     if not path.is_file():
-        return 0, hashlib.sha256().hexdigest()
-    ledger = Ledger(path)
+        return 0, table.NO_ROWS
+    totals = _read(path, table.totals)
+    return totals.final, totals.sha256
+
+
+def _read(path: Path, run: Callable[[sqlite3.Connection], T]) -> T:
+    """Something read from a ledger in one transaction, on a connection of its own."""
+    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
     try:
-        return ledger.digest().result()
+        _check_version(db, path)
+        db.execute("BEGIN")
+        return run(db)
+    except sqlite3.Error as error:
+        raise _named(error, path) from error
     finally:
-        ledger.close()
+        db.close()
+
+
+def _check_version(db: sqlite3.Connection, path: Path) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version != table.SCHEMA:
+        raise CorruptError(f"{path} is no ledger of this version (schema {version}).")
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -177,11 +186,9 @@ def _open(path: Path) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode = TRUNCATE")
         db.execute("PRAGMA synchronous = FULL")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             db.executescript(f"BEGIN IMMEDIATE; {table.TABLES} COMMIT;")
-        elif version != table.SCHEMA:
-            raise CorruptError(f"{path} is no ledger of this version (schema {version}).")
+        _check_version(db, path)
         table.recover(db)
     except sqlite3.Error as error:
         db.close()

@@ -7,16 +7,18 @@ import json
 import sqlite3
 import time
 import uuid
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError, CorruptError
 
-SCHEMA = 1
+SCHEMA = 2
 SESSION = uuid.uuid4().hex
 """This process. Open rows of any other are what a killed one left."""
+NO_ROWS = hashlib.sha256().hexdigest()
+"""The running hash before the first final row."""
 
 State = Literal["sent", "settled", "failed", "unknown"]
 
@@ -62,7 +64,7 @@ class Entry:
     @property
     def sha256(self) -> str:
         """The hash of the row's content, stored beside it."""
-        return hashlib.sha256(json.dumps(self.values).encode()).hexdigest()
+        return _row_hash(self.values)
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -78,6 +80,8 @@ class Totals:
     calls: int
     final: int
     """Rows in a final state."""
+    sha256: str = NO_ROWS
+    """The running hash over these rows' hashes, in the order in which they became final."""
 
 
 _COLUMNS = [field.name for field in fields(Entry)]
@@ -87,8 +91,10 @@ TABLES = f"""
 CREATE TABLE calls ({_NAMES}, sha256 TEXT NOT NULL, PRIMARY KEY (key, attempt));
 CREATE UNIQUE INDEX calls_seq ON calls (seq);
 CREATE INDEX calls_open ON calls (session) WHERE state = 'sent';
-CREATE TABLE totals (charged INTEGER NOT NULL, calls INTEGER NOT NULL, final INTEGER NOT NULL);
-INSERT INTO totals VALUES (0, 0, 0);
+CREATE TABLE totals (
+    charged INTEGER NOT NULL, calls INTEGER NOT NULL, final INTEGER NOT NULL, sha256 TEXT NOT NULL
+);
+INSERT INTO totals VALUES (0, 0, 0, '{NO_ROWS}');
 PRAGMA user_version = {SCHEMA};
 """
 
@@ -130,7 +136,7 @@ def send(
     (last,) = db.execute("SELECT max(attempt) FROM calls WHERE key = ?", (entry.key,)).fetchone()
     sent = replace(entry, attempt=(last or 0) + 1, sent_at=time.time())
     _put(db, sent)
-    _count(db, charged=sent.charge, calls=1)
+    _set(db, replace(so_far, charged=so_far.charged + sent.charge, calls=so_far.calls + 1))
     return sent
 
 
@@ -143,51 +149,76 @@ def end(db: sqlite3.Connection, entry: Entry) -> Entry:
     before = _entry(now)
     if before.state != "sent":
         return before
-    ended = replace(entry, seq=totals(db).final + 1, ended_at=time.time())
-    _put(db, ended)
-    calls = -1 if ended.state == "failed" else 0
-    _count(db, charged=ended.charge - before.charge, calls=calls, final=1)
+    so_far = totals(db)
+    ended = replace(entry, seq=so_far.final + 1, ended_at=time.time())
+    row_hash = _put(db, ended)
+    _set(
+        db,
+        Totals(
+            charged=so_far.charged + ended.charge - before.charge,
+            calls=so_far.calls - (ended.state == "failed"),
+            final=so_far.final + 1,
+            sha256=_extended(so_far.sha256, row_hash),
+        ),
+    )
     return ended
 
 
-def _put(db: sqlite3.Connection, entry: Entry) -> None:
-    db.execute(f"INSERT OR REPLACE INTO calls VALUES ({_MARKS})", (*entry.values, entry.sha256))
+def _put(db: sqlite3.Connection, entry: Entry) -> str:
+    """Write a row; returns its hash."""
+    row_hash = entry.sha256
+    db.execute(f"INSERT OR REPLACE INTO calls VALUES ({_MARKS})", (*entry.values, row_hash))
+    return row_hash
 
 
-def _count(db: sqlite3.Connection, *, charged: int, calls: int, final: int = 0) -> None:
+def _set(db: sqlite3.Connection, now: Totals) -> None:
     """Bring the totals along; they are what limits are checked against."""
-    db.execute(
-        "UPDATE totals SET charged = charged + ?, calls = calls + ?, final = final + ?",
-        (charged, calls, final),
-    )
+    db.execute("UPDATE totals SET charged = ?, calls = ?, final = ?, sha256 = ?", astuple(now))
 
 
 def totals(db: sqlite3.Connection) -> Totals:
     """What all rows count for."""
-    return Totals(*db.execute("SELECT charged, calls, final FROM totals").fetchone())
+    return Totals(*db.execute("SELECT charged, calls, final, sha256 FROM totals").fetchone())
 
 
-def digest(db: sqlite3.Connection, path: Path, rows: int | None) -> tuple[int, str]:
-    """Count and hash of the final rows, or of the first `rows`, each checked."""
-    total = hashlib.sha256()
-    count = 0
-    for row in db.execute(
-        f"SELECT {_NAMES}, sha256 FROM calls WHERE seq IS NOT NULL ORDER BY seq LIMIT ?",
-        (-1 if rows is None else rows,),
-    ):
-        total.update(bytes.fromhex(_entry(row).sha256))
-        count += 1
-    expected = totals(db).final if rows is None else rows
-    if count != expected:
-        raise CorruptError(f"{path} holds {count} finished calls where {expected} were recorded.")
-    return count, total.hexdigest()
+def check(db: sqlite3.Connection, path: Path, rows: int) -> str:
+    """Hash every row anew and compare them with the totals; the running hash after `rows` rows.
+
+    Raises CorruptError where a row was altered, or where rows or totals are not what was written.
+    """
+    charged = calls = final = 0
+    running = named = NO_ROWS
+    for row in db.execute(f"SELECT {_NAMES}, sha256 FROM calls ORDER BY seq IS NULL, seq"):
+        entry = _entry(row)
+        charged += entry.charge
+        calls += entry.state != "failed"
+        if entry.seq is not None:
+            final += 1
+            running = _extended(running, row[-1])
+            named = running if final <= rows else named
+    recorded, found = totals(db), Totals(charged, calls, final, running)
+    if final < max(recorded.final, rows):
+        expected = max(recorded.final, rows)
+        raise CorruptError(f"{path} holds {final} finished calls where {expected} were recorded.")
+    if found != recorded:
+        raise CorruptError(f"{path}: its totals are not those of its rows: {recorded}, {found}.")
+    return named
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     entry = Entry(*row[:-1])
-    if entry.sha256 != row[-1]:
+    if _row_hash(row[:-1]) != row[-1]:
         raise CorruptError(
             f"The ledger's row of prompt {entry.prompt_id!r} ({entry.key[:16]}, attempt "
             f"{entry.attempt}) is not what was written."
         )
     return entry
+
+
+def _row_hash(values: tuple[Any, ...]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _extended(running: str, row: str) -> str:
+    """The running hash with one row's hash more."""
+    return hashlib.sha256(bytes.fromhex(running) + bytes.fromhex(row)).hexdigest()

@@ -6,9 +6,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
-from online_dpo.errors import CorruptError
+from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
@@ -51,8 +52,7 @@ class Loop:
         rebuild_metrics(self._folder)
         total = self._config.campaign.rounds
         if not self._folder.round(total).finished:
-            for evaluation in (False, True):
-                self._labeller(evaluation, 0)
+            self._check_judges()
         if not self._folder.round(0).finished:
             self._timed(0, self._origin)
         history = [_past(r) for r in self._folder.rounds() if r.finished]
@@ -62,6 +62,14 @@ class Loop:
             self._prune()
         self._progress.round(total + 1, total)
         self._folder.event("campaign finished", rounds=total)
+
+    def _check_judges(self) -> None:
+        """Make the judges before anything is paid for. Raises ConfigError for what clashes."""
+        judges = [self._labeller(evaluation, 0) for evaluation in (False, True)]
+        pays = any(judge.mode == "async" for judge in judges)
+        compares = judges[0].kind == "compare"
+        if (problem := next(with_judges(self._config, pays, compares), None)) is not None:
+            raise ConfigError(f"{problem}.")
 
     def _timed(self, number: int, work: Callable[[], Context]) -> None:
         """Do a round; its wall time, work by stage and fixed cost go to the events."""
@@ -140,6 +148,7 @@ class Loop:
             seed=self._config.campaign.seed,
             round=number,
             on_event=lambda event: self._folder.event("judge", **event),
+            section="evaluation.judge" if evaluation and self._config.evaluation.judge else "judge",
         )
         self._judges.append((config, labeller))
         return labeller

@@ -38,5 +38,5 @@ def find_data(name: str, *, base: Path | None = None) -> Path:
     found = shipped(name)
     if found is not None:
         return found
-    tried = ", ".join(str(c.absolute()) for c in candidates)
+    tried = ", ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
     raise ConfigError(f"The file {name!r} does not exist (looked for {tried} and shipped files).")

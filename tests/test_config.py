@@ -104,6 +104,37 @@ def test_errors_name_the_line_and_the_key(minimal: Path, text: str, expected: st
     assert expected in message
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sampling:\n  top_p: 0.5\n  n: 1\n", ":11: sampling.n: 1 gives no two"),
+        ("campaign: {rounds: 3,\n  save_policy_every: 2}\n", ":10: campaign.save_policy_every"),
+        ("train:\n  devices: [1, 1]\n", ":10: train.devices: names a GPU twice"),
+        ("reference: {promote: {every: 0}}\n", ":9: reference.promote.every: input should be gre"),
+        ("reference: {promote: 3}\n", "be 'every_round' or 'never' or a valid dictionary, got 3"),
+    ],
+)
+def test_combinations_and_alternatives_have_one_line_and_its_number(
+    minimal: Path, text: str, expected: str
+) -> None:
+    message = error_of(minimal, MINIMAL + text)
+    assert expected in message and "\n" not in message
+
+
+def test_an_override_is_named_where_a_combination_fails(minimal: Path) -> None:
+    message = error_of(minimal, MINIMAL, "sampling.n=1")
+    assert message.startswith("--set sampling.n=1: sampling.n: 1 gives no two responses")
+    message = error_of(minimal, MINIMAL, "prompts.train.0.pth=x")
+    assert message.endswith(
+        "unknown key 'prompts.train.0.pth'; did you mean 'prompts.train.0.path'?"
+    )
+
+
+@pytest.mark.parametrize("key", ["train.weight_decay", "sampling.temperature", "judge.budget"])
+def test_what_is_not_finite_is_refused(minimal: Path, key: str) -> None:
+    assert f"{key}: input should be a finite number" in error_of(minimal, MINIMAL, f"{key}=1e999")
+
+
 def test_missing_sections_are_named(minimal: Path) -> None:
     message = error_of(minimal, "model: {path: x}\n")
     assert "'prompts' is required" in message and "'judge' is required" in message

@@ -186,21 +186,35 @@ def test_rows_in_flight_in_this_very_process_stay_in_flight(ledger: Ledger) -> N
 
 
 def test_the_digest_of_the_first_rows_stays(ledger: Ledger) -> None:
-    assert ledger.digest().result() == digest_of(ledger.path.with_name("none"))
+    assert digest_of(ledger.path) == digest_of(ledger.path.with_name("none"))
     for key in "abc":
         ledger.settle(ledger.send(call(key)).result(), **REPLY).result()
-    rows, sha256 = ledger.digest().result()
+    rows, sha256 = digest_of(ledger.path)
     assert rows == 3
     flying = ledger.send(call("d")).result()
-    assert ledger.digest().result() == (3, sha256)
+    assert digest_of(ledger.path) == (3, sha256)
     ledger.fail(flying, "500").result()
-    assert ledger.digest().result()[0] == 4
-    assert ledger.digest(3).result() == (3, sha256)
+    assert digest_of(ledger.path)[0] == 4
+    ledger.send(call("e")).result()
     check_ledger(ledger.path, 3, sha256)
+    check_ledger(ledger.path, *digest_of(ledger.path))
     ledger.close()
     ledger.path.unlink()
     with pytest.raises(CorruptError, match="missing; the labels rest on 3 rows"):
         check_ledger(ledger.path, 3, sha256)
+    check_ledger(ledger.path)
+
+
+def test_a_digest_reads_no_rows(ledger: Ledger) -> None:
+    """Labels name the ledger once a shard: what they do must not grow with the ledger."""
+    for key in "abc":
+        ledger.settle(ledger.send(call(key)).result(), **REPLY).result()
+    whole = digest_of(ledger.path)
+    ledger.close()
+    _execute(ledger.path, "DELETE FROM calls")
+    assert digest_of(ledger.path) == whole
+    with pytest.raises(CorruptError, match="holds 0 finished calls where 3 were recorded"):
+        check_ledger(ledger.path, *whole)
 
 
 @pytest.mark.parametrize(
@@ -214,15 +228,13 @@ def test_the_digest_of_the_first_rows_stays(ledger: Ledger) -> None:
 def test_an_altered_row_is_noticed(ledger: Ledger, tamper: str) -> None:
     for key in "abc":
         ledger.settle(ledger.send(call(key)).result(), **REPLY).result()
-    rows, sha256 = ledger.digest().result()
+    rows, sha256 = digest_of(ledger.path)
     ledger.close()
     _execute(ledger.path, tamper)
     altered = Ledger(ledger.path)
     try:
         with pytest.raises(CorruptError, match="is not what was written"):
             altered.settled("x" if "key = 'x'" in tamper else "b").result()
-        with pytest.raises(CorruptError):
-            altered.digest().result()
         assert altered.settled("a").result() is not None
     finally:
         altered.close()
@@ -233,13 +245,35 @@ def test_an_altered_row_is_noticed(ledger: Ledger, tamper: str) -> None:
 def test_a_shortened_or_exchanged_ledger_is_noticed(ledger: Ledger, tmp_path: Path) -> None:
     for key in "abc":
         ledger.settle(ledger.send(call(key)).result(), **REPLY).result()
-    rows, sha256 = ledger.digest().result()
+    rows, sha256 = digest_of(ledger.path)
+    flying = ledger.send(call("d")).result()
     ledger.close()
     with pytest.raises(CorruptError, match="not the ledger"):
         check_ledger(ledger.path, rows, "0" * 64)
+    with pytest.raises(CorruptError, match="holds 3 finished calls where 4 were recorded"):
+        check_ledger(ledger.path, 4, sha256)
+    _execute(ledger.path, f"DELETE FROM calls WHERE key = '{flying.key}'")
+    with pytest.raises(CorruptError, match="totals are not those of its rows"):
+        check_ledger(ledger.path, rows, sha256)
     _execute(ledger.path, "DELETE FROM calls WHERE key = 'c'")
     with pytest.raises(CorruptError, match="holds 2 finished calls where 3 were recorded"):
         check_ledger(ledger.path, rows, sha256)
+
+
+def test_a_shorter_history_with_totals_to_match_is_noticed(ledger: Ledger) -> None:
+    """Whoever takes the last row away and sets the totals back meets the labels' manifests."""
+    for key in "ab":
+        ledger.settle(ledger.send(call(key)).result(), **REPLY).result()
+    shorter = ledger.totals().result()
+    ledger.settle(ledger.send(call("c")).result(), **REPLY).result()
+    named = digest_of(ledger.path)
+    ledger.close()
+    _execute(ledger.path, "DELETE FROM calls WHERE key = 'c'")
+    values = f"{shorter.charged}, calls = {shorter.calls}, final = 2, sha256 = '{shorter.sha256}'"
+    _execute(ledger.path, f"UPDATE totals SET charged = {values}")
+    check_ledger(ledger.path, 2, shorter.sha256)
+    with pytest.raises(CorruptError, match="holds 2 finished calls where 3 were recorded"):
+        check_ledger(ledger.path, *named)
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:

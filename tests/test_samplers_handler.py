@@ -135,23 +135,7 @@ def test_sleeping_and_waking_change_nothing(handler: SamplerHandler) -> None:
     assert handler.score(emit=quiet, sequences=sequences) == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "sampling", "message"),
-    [
-        ("transformers", {"engine": {"max_num_seqs": 4}}, "sampling.engine is for the vllm"),
-        ("transformers", {"update": "reload"}, "sampling.update is for the vllm"),
-        ("vllm", {"reload_command": "true"}, "sampling.reload_command is for the openai_server"),
-        ("vllm", {"engine": {"logprobs_mode": "processed_logits"}}, "logprobs_mode cannot be set"),
-        ("vllm", {"temperature": 2.5}, "temperature is 2.5, and vLLM allows 2 at most"),
-        (
-            "openai_server",
-            {"sampler": "openai_server", "endpoints": [{"url": "http://localhost:1/v1"}]},
-            "needs a way to give each round's policy",
-        ),
-    ],
-)
-def test_options_of_another_sampler_are_refused(
-    kind: str, sampling: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        SamplerHandler({**settings(**sampling), "sampler": kind})
+def test_engine_arguments_that_are_decided_elsewhere_are_refused() -> None:
+    engine = {"logprobs_mode": "processed_logits"}
+    with pytest.raises(ConfigError, match="logprobs_mode cannot be set"):
+        SamplerHandler({**settings(engine=engine), "sampler": "vllm"})

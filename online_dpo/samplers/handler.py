@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from online_dpo.config import ModelConfig, SamplingConfig
-from online_dpo.errors import ConfigError, EngineError
+from online_dpo.errors import EngineError
 from online_dpo.files import read_json
 from online_dpo.records import (
     ModelRef,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 
-_VLLM_TEMPERATURE = 2.0
 _PROGRESS_S = 0.5
 """Least time between two progress events."""
 
@@ -225,7 +224,6 @@ def make_engine(
     """The sampler that the settings name. Raises ConfigError for options that it does not have."""
     model, sampling = ModelConfig(**settings["model"]), SamplingConfig(**settings["sampling"])
     kind, device, threads = settings["sampler"], settings["device"], settings["threads"]
-    refuse_unused(kind, sampling)
     if kind == "vllm":
         from online_dpo.samplers.vllm import VllmSampler
 
@@ -265,27 +263,6 @@ def make_engine(
         batch_size=sampling.batch_size,
         strip_thinking=sampling.strip_thinking,
     )
-
-
-def refuse_unused(kind: str, sampling: SamplingConfig) -> None:
-    """Raise ConfigError for options that only another sampler reads, or that this one refuses."""
-    given = {
-        "engine": ("vllm", bool(sampling.engine)),
-        "update": ("vllm", sampling.update != "auto"),
-        "reload_command": ("openai_server", sampling.reload_command is not None),
-        "endpoints": ("openai_server", bool(sampling.endpoints)),
-    }
-    for name, (owner, is_set) in given.items():
-        if is_set and kind != owner:
-            raise ConfigError(
-                f"sampling.{name} is for the {owner} sampler, and this machine and config use the "
-                f"{kind} sampler. Remove it, or set sampling.sampler: {owner}."
-            )
-    if kind != "transformers" and sampling.temperature > _VLLM_TEMPERATURE:
-        raise ConfigError(
-            f"sampling.temperature is {sampling.temperature:g}, and vLLM allows "
-            f"{_VLLM_TEMPERATURE:g} at most."
-        )
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import openai
 
 from online_dpo.config import Endpoint, ModelConfig, SamplingConfig
-from online_dpo.errors import ConfigError, EngineError
+from online_dpo.errors import EngineError
 from online_dpo.models import load_tokenizer
 from online_dpo.records import ModelRef, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.reload_hooks import call_reload_hook, run_reload_command
@@ -53,11 +53,6 @@ class OpenAIServerSampler:
     dtype = "bfloat16"
 
     def __init__(self, model: ModelConfig, sampling: SamplingConfig) -> None:
-        if sampling.reload_command is None and any(not e.reload_url for e in sampling.endpoints):
-            raise ConfigError(
-                "The openai_server sampler needs a way to give each round's policy to its servers: "
-                "sampling.reload_command, or a reload_url for each of sampling.endpoints."
-            )
         self._model = model
         self._sampling = sampling
         self._tokenizer: PreTrainedTokenizerBase | None = None
