@@ -85,7 +85,7 @@ def redo_command(round_dir: RoundDir, first: str, *, replan: bool = False) -> st
 def _committed(round_dir: RoundDir) -> list[str]:
     """The artifacts of an unfinished round, in order, those in parts with their number."""
     names = []
-    for name in ("model", "prompts", *ARTIFACTS):
+    for name in ("model", "prompts", "offline", "base", *ARTIFACTS):
         if parts := len(round_dir.children(name)):
             names.append(f"{name} ({parts} {'part' if parts == 1 else 'parts'})")
         elif round_dir.has(name):

@@ -89,7 +89,7 @@ def test_processes_change_inside_a_round_when_accepted(stopped: RunDir) -> None:
     with stopped.round(3).commit("reference", inputs={}) as draft:
         (draft.path / "x").write_text("x")
     with pytest.raises(DriftError, match="come past"):
-        check(stopped, "train.micro_batch_size")
+        check(stopped, "train.epochs")
     for key in ("train.num_processes", "train.parallel", "train.launch.num_machines"):
         check(stopped, key)
         with pytest.raises(DriftError, match="This changes"):
