@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -24,11 +25,12 @@ from online_dpo.config_file import (
 from online_dpo.drift import (
     check_changes,
     check_same,
+    check_used,
     current_config,
     is_finished,
     record_change,
-    remedy_for,
 )
+from online_dpo.endings import remedy_for, resume_command, safe_on_disk
 from online_dpo.errors import (
     CampaignError,
     ConfigError,
@@ -108,6 +110,7 @@ def resume(
     changes = differences(config, changed)
     if changes:
         check_changes(folder, changes, accept_change)
+        check_used(folder, changed, changes)
     elif is_finished(folder, config):
         return _view(folder)
     if trust is not None:
@@ -120,12 +123,14 @@ def _make_way(folder: RunDir, error: ConfigError) -> None:
     if folder.round(0).finished:
         return
     if folder.round(0).artifacts():
-        error.remedy = error.remedy or f"correct it, then: rm -r {folder.path} and run again"
+        again = f"rm -r {shlex.quote(str(folder.path))}, and the same command again"
+        error.remedy = error.remedy or f"correct it, then: {again}"
         return
     for path in folder.path.iterdir():
         remove_tree(path)
     with contextlib.suppress(OSError):  # a mount point stays
         folder.path.rmdir()
+    error.safe = "nothing was written."
 
 
 def with_run_dir(loaded: LoadedConfig, run_dir: str | Path) -> LoadedConfig:
@@ -177,7 +182,8 @@ def _started_before(folder: RunDir, config: Config) -> Campaign:
     raise LockedError(
         f"{folder.path} already holds {max(done, 0)} of {recorded.campaign.rounds} rounds. "
         "To start over, choose another --run-dir.",
-        remedy=f"online-dpo resume {folder.path}",
+        remedy=resume_command(folder, recorded),
+        safe=safe_on_disk(folder),
     )
 
 
@@ -193,19 +199,30 @@ def _hold_and_run(
         with disk_faults(folder.path), stop_on_signals():
             lock = RunLock(folder.path)
             try:
-                if changes:
-                    record_change(folder, config, changes)
                 check_pin(folder)
                 _check_ledger(folder)
                 with Loop(folder, config, shown) as loop:
+                    loop.prepare()
+                    if changes:
+                        record_change(folder, config, changes)
                     loop.run()
             finally:
                 shown.close()
                 lock.release()
     except (CampaignError, SignalError) as error:
-        error.remedy = error.remedy or remedy_for(error, folder, config)
+        _add_ways_on(error, folder, config)
         raise
+    except Exception as error:
+        named = CampaignError(f"Unexpected {type(error).__name__}: {error}")
+        _add_ways_on(named, folder, config)
+        raise named from error
     return _view(folder)
+
+
+def _add_ways_on(error: CampaignError | SignalError, folder: RunDir, config: Config) -> None:
+    error.safe = error.safe or safe_on_disk(folder)
+    if error.exit_code != LockedError.exit_code:
+        error.remedy = error.remedy or remedy_for(error, folder, config)
 
 
 def _check_ledger(folder: RunDir) -> None:

@@ -255,7 +255,7 @@ def _finish(campaign: Campaign, starts: int) -> None:
 
 def _fail(error: CampaignError | SignalError, debug: bool) -> None:
     if debug or error.exit_code == 1:
-        traceback.print_exc()
+        traceback.print_exception(error.__cause__ or error)
     say: Callable[[str], None] = lambda text: typer.echo(visible(text), err=True)  # noqa: E731
     say(f"error: {error.message}")
     if error.safe:

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
-from online_dpo.errors import (
-    BudgetError,
-    CampaignError,
-    ConfigError,
-    CorruptError,
-    DivergedError,
-    DriftError,
-    NoPairsError,
-    SignalError,
-)
+from online_dpo.endings import ARTIFACTS, redo_command, resume_command
+from online_dpo.errors import CorruptError, DriftError
 from online_dpo.store import RoundDir, RunDir
-from online_dpo.trust import trust_flags
 
 OPERATIONAL = (
     "judge.budget",
@@ -29,26 +20,45 @@ OPERATIONAL = (
     "judge.concurrency",
     "judge.timeout_s",
     "judge.retries",
-    "evaluation.judge.budget",
-    "evaluation.judge.max_calls",
+    "evaluation.judge.concurrency",
+    "evaluation.judge.timeout_s",
+    "evaluation.judge.retries",
+    "evaluation.examples",
+    "campaign.name",
     "campaign.rounds",
     "campaign.retention",
     "campaign.save_policy_every",
+    "sampling.devices",
+    "sampling.endpoints",
+    "sampling.reload_command",
+    "sampling.update",
     "train.checkpoint_every",
     "train.listen",
     "train.launch.main_process_ip",
     "train.launch.main_process_port",
+    "compute.layout",
 )
 """Settings that may change between starts: they do not change what is committed."""
 
 ROUNDING = (
+    "sampling.batch_size",
+    "sampling.engine",
+    "sampling.sampler",
+    "train.activation_offload",
+    "train.devices",
+    "train.gradient_checkpointing",
+    "train.gradient_sync",
+    "train.launch",
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
     "train.num_processes",
     "train.parallel",
-    "train.gradient_sync",
-    "train.devices",
-    "train.launch",
+    "compute.device",
+    "compute.threads",
+    "compute.workers",
 )
-"""Settings that change results by rounding alone, and that a step checkpoint does not depend on."""
+"""Settings of how things are computed, accepted within a round too: results change by rounding (and
+with another sampler by the draw of samples), and a step checkpoint does not depend on them."""
 
 FROZEN = (
     "model",
@@ -57,6 +67,7 @@ FROZEN = (
     "campaign.seed",
     "campaign.run_dir",
     "pairs.offline",
+    "sampling.stop",
     "evaluation.temperature",
     "evaluation.max_new_tokens",
     "evaluation.max_prompts",
@@ -77,6 +88,9 @@ _ARTIFACTS = {
 }
 """The first artifacts of a round that a section has a part in; other sections enter its plan."""
 
+_PLANNED_FIRST = {"reference": "reference"}
+"""The same for sections that only a round's plan reads."""
+
 
 def current_config(folder: RunDir) -> Config:
     """The campaign's config with its accepted changes."""
@@ -89,35 +103,15 @@ def is_finished(folder: RunDir, config: Config) -> bool:
     return folder.round(config.campaign.rounds).finished
 
 
-def remedy_for(error: CampaignError | SignalError, folder: RunDir, config: Config) -> str | None:
-    """The command that goes on after an error; plain `resume` would end some in the same way."""
-    resume = resume_command(folder, config)
-    last = folder.rounds()[-1].path if folder.rounds() else folder.path
-    if isinstance(error, ConfigError):
-        return None
-    if isinstance(error, BudgetError):
-        return f"{resume} --set judge.budget=MORE  # or judge.max_calls, whichever was reached"
-    if isinstance(error, NoPairsError):
-        more = config.sampling.n * 2
-        return f"rm -r {last}; {resume} --accept-change --set sampling.n={more}"
-    if isinstance(error, DivergedError):
-        less = config.train.learning_rate / 2
-        return f"rm -r {last}; {resume} --accept-change --set train.learning_rate={less:g}"
-    return resume
-
-
-def resume_command(folder: RunDir, config: Config) -> str:
-    """The exact command that goes on with a campaign, with the trust that it needs."""
-    return " ".join(("online-dpo resume", shlex.quote(str(folder.path)), *trust_flags(config)))
-
-
 def check_same(folder: RunDir, recorded: Config, config: Config) -> None:
+    """Raise DriftError where a run directory is another campaign's. It may have been moved."""
     changes = differences(recorded, config)
+    changes.pop("campaign.run_dir", None)
     if changes:
         raise DriftError(
             f"{folder.path} belongs to a campaign with another config:\n{_diff(changes)}\n"
-            "To start this one, choose another --run-dir; to go on with that one:",
-            remedy=f"online-dpo resume {folder.path}",
+            "To start this one, choose another --run-dir. The command goes on with that one.",
+            remedy=resume_command(folder, recorded),
         )
 
 
@@ -125,40 +119,83 @@ def check_changes(
     folder: RunDir, changes: Mapping[str, tuple[Any, Any]], accept_change: bool
 ) -> None:
     """Raise DriftError unless the changes leave alone what is committed, and are accepted."""
-    fixed = {k: v for k, v in changes.items() if not k.startswith(OPERATIONAL)}
-    frozen = {k: v for k, v in fixed.items() if k.startswith(FROZEN)}
+    _check_rounds(folder, changes)
+    fixed = {k: v for k, v in changes.items() if not _is_among(k, OPERATIONAL)}
+    frozen = {k: v for k, v in fixed.items() if _is_frozen(folder, k)}
     if frozen:
         raise DriftError(
             f"What is committed in {folder.path} depends on these; they cannot change:\n"
             f"{_diff(frozen)}\nStart another campaign with them instead."
         )
+    values = [shlex.quote(f"{key}={json.dumps(new)}") for key, (_, new) in changes.items()]
+    sets = " ".join(f"--set {value}" for value in values)
+    accepted = f"online-dpo resume {shlex.quote(str(folder.path))} --accept-change {sets}"
     for round_dir in folder.rounds():
-        rest = {k: v for k, v in fixed.items() if not k.startswith(ROUNDING)}
-        late = {k: v for k, v in rest.items() if _is_late(round_dir, k)}
+        late = {k: v for k, v in fixed.items() if _is_late(round_dir, k)}
         if late:
             raise DriftError(
                 f"Round {round_dir.number} has come past the point where these count:\n"
-                f"{_diff(late)}\nResume it as it is; or give the round up (judgements stay in the "
-                f"ledger): rm -r {round_dir.path}",
-                remedy=f"online-dpo resume {shlex.quote(str(folder.path))}",
+                f"{_diff(late)}\nResume it as it is, or have it do that part again.",
+                remedy=f"{_redo(round_dir, list(late))}; {accepted}",
             )
     if fixed and not accept_change:
-        values = [shlex.quote(f"{key}={json.dumps(new)}") for key, (_, new) in changes.items()]
-        sets = " ".join(f"--set {value}" for value in values)
         raise DriftError(
-            f"This changes what later rounds of {folder.path} do:\n{_diff(fixed)}",
-            remedy=f"online-dpo resume {shlex.quote(str(folder.path))} --accept-change {sets}",
+            f"This changes what is still to be done of {folder.path}:\n{_diff(fixed)}",
+            remedy=accepted,
         )
+
+
+def check_used(folder: RunDir, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise DriftError for changes of a campaign that has nothing left to do with them."""
+    idle = {k: v for k, v in changes.items() if not _is_among(k, OPERATIONAL)}
+    if idle and is_finished(folder, config):
+        done = config.campaign.rounds
+        raise DriftError(
+            f"All {done} rounds of {folder.path} are done; nothing would use this:\n{_diff(idle)}",
+            remedy=f"online-dpo resume {shlex.quote(str(folder.path))} --accept-change "
+            f"--set campaign.rounds={done + 1} ...",
+        )
+
+
+def _check_rounds(folder: RunDir, changes: Mapping[str, tuple[Any, Any]]) -> None:
+    _, wanted = changes.get("campaign.rounds", (None, None))
+    begun = max((r.number for r in folder.rounds()), default=0)
+    if isinstance(wanted, int) and wanted < begun:
+        raise DriftError(
+            f"campaign.rounds: {wanted} is fewer than the {begun} that {folder.path} has begun."
+        )
+
+
+def _is_frozen(folder: RunDir, key: str) -> bool:
+    if key == "sampling.max_new_tokens":  # of evaluations too, where they have none of their own
+        return current_config(folder).evaluation.max_new_tokens is None
+    return _is_among(key, FROZEN)
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these or lies below one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _is_late(round_dir: RoundDir, key: str) -> bool:
     """Whether an unfinished round has committed something that a setting had a part in."""
-    if round_dir.finished or round_dir.number == 0:
+    if round_dir.finished or round_dir.number == 0 or _is_among(key, ROUNDING):
         return False
     section = key.split(".")[0]
     if key in PLANNED or section not in _ARTIFACTS:
         return round_dir.planned
     return any(round_dir.has(name) or round_dir.children(name) for name in _ARTIFACTS[section])
+
+
+def _redo(round_dir: RoundDir, late: Sequence[str]) -> str:
+    """The command that undoes what the settings had a part in, and no more."""
+    sections = [key.split(".")[0] for key in late]
+    made_first = {**{section: names[0] for section, names in _ARTIFACTS.items()}, **_PLANNED_FIRST}
+    first = min((made_first.get(name, "samples") for name in sections), key=ARTIFACTS.index)
+    if first == "samples":
+        return f"rm -r {shlex.quote(str(round_dir.path))}"
+    replan = any(key in PLANNED for key in late) or bool({*sections} & {*_PLANNED_FIRST})
+    return redo_command(round_dir, first, replan=replan)
 
 
 def record_change(folder: RunDir, config: Config, changes: Mapping[str, tuple[Any, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
@@ -21,7 +22,7 @@ from online_dpo.stages.context import Context, PromptTable, busy_seconds, covere
 from online_dpo.stages.evaluate import evaluate
 from online_dpo.stages.label import Labelling
 from online_dpo.stages.origin import check_pool, make_origin
-from online_dpo.stages.pair import pair
+from online_dpo.stages.pair import find_selector, pair
 from online_dpo.stages.promote import promote
 from online_dpo.stages.sample import sample
 from online_dpo.stages.train import train
@@ -47,29 +48,33 @@ class Loop:
             judge.close()
         self._crew.close()
 
+    def prepare(self) -> None:
+        """Make the judges and find the selector, before anything is written or paid for.
+
+        Raises ConfigError for what is not there, does not load or clashes.
+        """
+        if self._folder.round(self._config.campaign.rounds).finished:
+            return
+        find_selector(self._config.pairs.selector)
+        judges = [self._labeller(evaluation, 0) for evaluation in (False, True)]
+        pays = any(judge.mode == "async" for judge in judges)
+        compares = judges[0].kind == "compare"
+        if (problem := next(with_judges(self._config, pays, compares), None)) is not None:
+            raise ConfigError(f"{problem}.")
+
     def run(self) -> None:
         self._folder.event("campaign started", pid=os.getpid(), made_with=self._crew.facts)
         rebuild_metrics(self._folder)
         total = self._config.campaign.rounds
-        if not self._folder.round(total).finished:
-            self._check_judges()
         if not self._folder.round(0).finished:
             self._timed(0, self._origin)
-        history = [_past(r) for r in self._folder.rounds() if r.finished]
+        history = [_past(r) for r in takewhile(lambda r: r.finished, self._folder.rounds())]
         for number in range(len(history), total + 1):
             self._timed(number, lambda: self._round(history))
             history.append(_past(self._folder.round(len(history))))
             self._prune()
         self._progress.round(total + 1, total)
         self._folder.event("campaign finished", rounds=total)
-
-    def _check_judges(self) -> None:
-        """Make the judges before anything is paid for. Raises ConfigError for what clashes."""
-        judges = [self._labeller(evaluation, 0) for evaluation in (False, True)]
-        pays = any(judge.mode == "async" for judge in judges)
-        compares = judges[0].kind == "compare"
-        if (problem := next(with_judges(self._config, pays, compares), None)) is not None:
-            raise ConfigError(f"{problem}.")
 
     def _timed(self, number: int, work: Callable[[], Context]) -> None:
         """Do a round; its wall time, work by stage and fixed cost go to the events."""
@@ -159,6 +164,10 @@ class Loop:
             raise CorruptError(
                 f"{context.round.path / 'round.json'} was made after another round "
                 f"{last.round:03d} than the one on disk."
+            )
+        if context.inputs.prompts_sha256 != context.load_prompts().sha256:
+            raise CorruptError(
+                f"{context.round.path / 'round.json'} was made of other prompts than those on disk."
             )
 
     def _prune(self) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from online_dpo.errors import ConfigError
 from online_dpo.records import Comparison, Preference, Prompt, Response, Score, derive_seed
 
 
@@ -197,7 +198,10 @@ def _select(
     chosen = list(selector(prompt, candidates, rng))
     foreign = [c for c in chosen if c not in candidates]
     if foreign or len({id(c) for c in chosen}) < len(chosen):
-        raise ValueError(f"the pair selector returned a pair twice or one not offered: {foreign}")
+        raise ConfigError(
+            f"The pair selector returned a pair twice, or one that was not offered, for prompt "
+            f"{prompt.id!r}; it returns some of its candidates, each once."
+        )
     if max_per_prompt is None:
         return chosen
     return sorted(chosen, key=lambda c: -c.margin)[:max_per_prompt]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from online_dpo.calls import Calls
 
 JUDGE_GROUP = "online_dpo.judges"
+SELECTOR_GROUP = "online_dpo.selectors"
+_NOUNS = {JUDGE_GROUP: "judge", SELECTOR_GROUP: "selector"}
 
 
 class Judge(Protocol):
@@ -65,14 +67,21 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
-def resolve(name: str, *, group: str = JUDGE_GROUP, base: Path | None = None) -> Any:
+def resolve(
+    name: str,
+    *,
+    group: str = JUDGE_GROUP,
+    base: Path | None = None,
+    built_in: Sequence[str] = (),
+) -> Any:
     """The object behind an entry point's name, `module:attr` or `file.py:attr`.
 
-    A relative file is looked up from `base` (the config's folder), then from the working directory.
-    Raises ConfigError that says what was tried and what there is.
+    `built_in` are names that the caller knows beside these. A relative file is looked up from
+    `base` (the config's folder), then from the working directory. Raises ConfigError that says what
+    was tried and what there is.
     """
     if ":" not in name:
-        return _load_entry_point(name, group)
+        return _load_entry_point(name, group, built_in)
     target, _, attribute = name.rpartition(":")
     module = _load_file(target, base) if target.endswith(".py") else _load_module(target, name)
     try:
@@ -92,12 +101,13 @@ def available(group: str = JUDGE_GROUP) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
-def _load_entry_point(name: str, group: str) -> Any:
-    points = available(group)
+def _load_entry_point(name: str, group: str, built_in: Sequence[str]) -> Any:
+    points, noun = available(group), _NOUNS[group]
     if name not in points:
-        known = ", ".join(sorted(points)) or "none (is online-dpo itself installed?)"
+        known = ", ".join([*built_in, *sorted(points)])
         raise ConfigError(
-            f"There is no judge named {name!r}. Installed: {known}. A judge of your own is named "
+            f"There is no {noun} named {name!r}. Installed: "
+            f"{known or 'none (is online-dpo itself installed?)'}. A {noun} of your own is named "
             f"by 'module:attr' or 'file.py:attr'."
         )
     point = points[name]
@@ -107,7 +117,7 @@ def _load_entry_point(name: str, group: str) -> Any:
         return point.load()
     except Exception as error:
         raise ConfigError(
-            f"The judge {name!r} ({point.value}) cannot be imported: "
+            f"The {noun} {name!r} ({point.value}) cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -165,7 +175,13 @@ def instantiate(target: Any, options: Mapping[str, Any], *, name: str) -> Any:
     try:
         return target(**options)
     except TypeError as error:
-        raise ConfigError(f"judge.options do not fit {name!r}: {error}") from error
+        hint = ""
+        if inspect.isfunction(target):
+            hint = (
+                ". A function that is itself the judge has the parameters (prompt, response) or "
+                "(prompt, first, second)"
+            )
+        raise ConfigError(f"judge.options do not fit {name!r}: {error}{hint}") from error
 
 
 def function_kind(function: Any) -> str | None:

@@ -10,9 +10,9 @@ from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.errors import ConfigError
 from online_dpo.loss_rules import describe_loss
-from online_dpo.pairing import SELECTORS
 from online_dpo.plugins import instantiate, names_code, resolve
 from online_dpo.resources import find_data
+from online_dpo.stages.pair import find_selector
 
 
 def check_config(config: Config) -> None:
@@ -25,8 +25,7 @@ def check_config(config: Config) -> None:
             find_data(path)
     for judge in {id(j): j for j in (config.judge, config.eval_judge)}.values():
         _check_judge(judge)
-    if config.pairs.selector not in SELECTORS:
-        resolve(config.pairs.selector, group="online_dpo.selectors")
+    find_selector(config.pairs.selector)
 
 
 def describe(config: Config) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.errors import CorruptError
 from online_dpo.records import Preference, Prompt, Response, prompt_from_dict, response_from_dict
 
 if TYPE_CHECKING:
@@ -106,10 +107,14 @@ def write_table(path: Path, kind: str, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def read_table(path: Path) -> list[Row]:
-    """All rows of a parquet table, in order."""
+    """All rows of a parquet table, in order. Raises CorruptError where it is none."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: list[Row] = pq.read_table(path).to_pylist()
+    try:
+        rows: list[Row] = pq.read_table(path).to_pylist()
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise CorruptError(f"{path} is no parquet table: {error}") from error
     return rows
 
 

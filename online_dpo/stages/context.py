@@ -121,11 +121,11 @@ class Context:
 
 
 def read_prompts(run: RunDir) -> PromptTable:
-    """The table of round 0."""
+    """The table of round 0. Raises CorruptError where it is not what was committed."""
     origin = run.round(0)
-    rows = read_table(origin.artifact("prompts") / "prompts.parquet")
+    rows = read_table(origin.verify("prompts") / "prompts.parquet")
     if origin.has("offline"):
-        rows += read_table(origin.artifact("offline") / "prompts.parquet")
+        rows += read_table(origin.verify("offline") / "prompts.parquet")
     table = PromptTable({}, {}, {}, {}, str(origin.manifest("prompts")["sha256"]))
     for row in rows:
         prompt = prompt_from_row(row)

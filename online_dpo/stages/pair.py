@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from online_dpo.errors import NoPairsError
-from online_dpo.pairing import SELECTORS, Judged, Pairing, PairSelector, check, make_pairs, mix
-from online_dpo.plugins import resolve
-from online_dpo.records import Comparison, Preference, Score, to_dict
+from online_dpo.errors import ConfigError, CorruptError, NoPairsError
+from online_dpo.pairing import (
+    SELECTORS,
+    Candidate,
+    Judged,
+    Pairing,
+    PairSelector,
+    check,
+    make_pairs,
+    mix,
+)
+from online_dpo.plugins import SELECTOR_GROUP, resolve
+from online_dpo.records import Comparison, Preference, Prompt, Score, to_dict
 from online_dpo.stages.context import Context
 from online_dpo.stages.sample import shard_names
 from online_dpo.tables import preference_from_row, read_table, responses_by_prompt, write_table
@@ -27,9 +37,10 @@ def pair(context: Context) -> None:
     labels = [shard.replace("samples/", "labels/") for shard in shards]
     inputs = {name: context.round.manifest(name)["sha256"] for name in [*shards, *labels]}
     judged = [item for s, v in zip(shards, labels, strict=True) for item in _judged(context, s, v)]
+    _check_planned(context, judged)
     pairing = make_pairs(
         judged,
-        _selector(config.selector),
+        find_selector(config.selector),
         round_number=context.round.number,
         seed=context.inputs.seed,
         scale=context.config.judge.scale,
@@ -48,6 +59,16 @@ def pair(context: Context) -> None:
         metrics = _metrics(pairing, preferences, judged)
         (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         draft.rows = len(preferences)
+
+
+def _check_planned(context: Context, judged: Sequence[Judged]) -> None:
+    """What was sampled must be what the plan asks for, which may have been made anew."""
+    sampled = {item.prompt.id for item in judged}
+    if sampled != set(context.inputs.prompt_ids):
+        raise CorruptError(
+            f"{context.round.path / 'samples'} holds answers to other prompts than the round's "
+            "plan names."
+        )
 
 
 def _judged(context: Context, shard: str, labels: str) -> list[Judged]:
@@ -77,11 +98,27 @@ def _comparisons(rows: Sequence[Row]) -> list[Comparison]:
     ]
 
 
-def _selector(name: str) -> PairSelector:
+def find_selector(name: str) -> PairSelector:
+    """A built-in selector, or one of the user's own whose faults are named as its faults.
+
+    Raises ConfigError where there is none of the name.
+    """
     if name in SELECTORS:
         return SELECTORS[name]
-    selector: PairSelector = resolve(name, group="online_dpo.selectors")
-    return selector
+    selector: PairSelector = resolve(name, group=SELECTOR_GROUP, built_in=tuple(SELECTORS))
+
+    def select(
+        prompt: Prompt, candidates: Sequence[Candidate], rng: random.Random
+    ) -> Sequence[Candidate]:
+        try:
+            return list(selector(prompt, candidates, rng))
+        except Exception as error:
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"The pair selector {name!r} failed on prompt {prompt.id!r}: {cause}"
+            ) from error
+
+    return select
 
 
 def _mixed(context: Context, new: Sequence[Preference]) -> tuple[Preference, ...]:
