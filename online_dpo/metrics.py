@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 Z95 = 1.959963984540054
 """The normal quantile of a two-sided 95% interval."""
@@ -86,3 +87,70 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float | None:
         for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Raw token log-probs, in nats, of one sample of the policy for each prompt."""
+
+    policy_logps: Sequence[Sequence[float]]
+    reference_logps: Sequence[Sequence[float]]
+
+
+def evaluation_figures(
+    rows: Sequence[Mapping[str, Any]], drifts: Mapping[str, Drift | None], *, asked: bool
+) -> dict[str, Any]:
+    """The figures of an evaluation over all its answers, and over those of each prompt source.
+
+    `rows` are of the answers table, `drifts` by the figure's name and aligned with them. `asked`
+    says that the judge was asked about every answer.
+    """
+    sources: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        sources.setdefault(row["prompt_source"], []).append(index)
+    by_source = {
+        name: _figures([rows[i] for i in places], _of(drifts, places), asked)
+        for name, places in sorted(sources.items())
+    }
+    return {**_figures(rows, drifts, asked), "by_source": by_source}
+
+
+def _of(drifts: Mapping[str, Drift | None], places: Sequence[int]) -> dict[str, Drift | None]:
+    return {
+        name: None
+        if drift is None
+        else Drift(
+            [drift.policy_logps[i] for i in places], [drift.reference_logps[i] for i in places]
+        )
+        for name, drift in drifts.items()
+    }
+
+
+def _figures(
+    rows: Sequence[Mapping[str, Any]], drifts: Mapping[str, Drift | None], asked: bool
+) -> dict[str, Any]:
+    verdicts = ("score", "p_policy0", "p_previous")
+    score = estimate([row["score"] for row in rows if row["score"] is not None])
+    return {
+        "prompts": len(rows),
+        "invalid": sum(asked and all(row[v] is None for v in verdicts) for row in rows),
+        "score": None if score is None else asdict(score),
+        "win_rate_policy0": _rate(rows, "p_policy0"),
+        "win_rate_previous": _rate(rows, "p_previous"),
+        "mean_tokens": sum(len(row["token_ids"]) for row in rows) / len(rows),
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "distinct_2": distinct_n([row["text"] for row in rows]),
+        **{name: _drift_figures(drift) for name, drift in drifts.items()},
+    }
+
+
+def _rate(rows: Sequence[Mapping[str, Any]], field: str) -> dict[str, Any] | None:
+    rate = wilson([row[field] for row in rows if row[field] is not None])
+    return None if rate is None else asdict(rate)
+
+
+def _drift_figures(drift: Drift | None) -> dict[str, Any] | None:
+    if drift is None:
+        return None
+    sequence, token = kl(drift.policy_logps, drift.reference_logps)
+    return None if sequence is None else {**asdict(sequence), "per_token": token}

@@ -29,6 +29,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
     "samples": {
         "id": "string",
         "prompt_id": "string",
+        "prompt_source": "string",
         "text": "string",
         "token_ids": "ids",
         "finish_reason": "string",
@@ -37,6 +38,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
     },
     "labels": {
         "prompt_id": "string",
+        "prompt_source": "string",
         "first_id": "string",
         "second_id": "string",
         "score": "float64",

@@ -15,6 +15,7 @@ from online_dpo.terminal_tables import (
     make_console,
     print_fates,
     print_rounds,
+    print_sources,
     print_times,
     say,
     say_folded,
@@ -37,6 +38,7 @@ def print_status(campaign: Campaign) -> None:
     if not rounds:
         return
     print_rounds(console, rounds)
+    print_sources(console, rounds)
     print_fates(console, rounds, campaign.path)
     print_times(console, rounds)
     _print_findings(console, rounds)

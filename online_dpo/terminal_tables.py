@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from online_dpo.lookup import invalid_verdicts
-from online_dpo.views import RoundView
+from online_dpo.views import RoundView, evaluated, source_views
 from online_dpo.visible import visible
 from online_dpo.wording import (
     FATES,
@@ -82,6 +82,25 @@ def print_rounds(console: Console, rounds: Sequence[RoundView]) -> None:
         say_folded(console, text, "dim")
 
 
+def print_sources(console: Console, rounds: Sequence[RoundView]) -> None:
+    """The last evaluation on the prompts of each source, where there is more than one."""
+    measured = evaluated(rounds)
+    sources = source_views(measured[-1]) if measured else {}
+    if len(sources) < 2:
+        return
+    views = list(sources.values())
+    filled = [c for c in _COLUMNS if c.rank and any(c.cell(view) != "-" for view in views)]
+    names = max(len("source"), *map(len, sources))
+    room = console.width - names - len("prompts") - 2 * _GAP
+    shown = _fitting(filled, views, room)
+    rows = [
+        [name, str(figure(view, "prompts")), *(c.cell(view) for c in shown)]
+        for name, view in sources.items()
+    ]
+    say(console, f"\nround {measured[-1].round} by source")
+    _print_table(console, ["source", "prompts", *(c.title for c in shown)], rows)
+
+
 def print_fates(console: Console, rounds: Sequence[RoundView], run_dir: Path) -> None:
     """Counts by reason: what became of the responses of the latest rounds, and of all."""
     counted = [r for r in rounds if r.responses]
@@ -123,7 +142,7 @@ def _print_table(console: Console, titles: Sequence[str], rows: Sequence[Sequenc
     """A table as wide as its content, numbers to the right, after an empty line."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for title in titles:
-        justify: Any = "left" if title == "stage" else "right"
+        justify: Any = "left" if title in ("stage", "source") else "right"
         table.add_column(Text(visible(title)), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(visible(cell)) for cell in row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,3 +214,12 @@ def _timings(run: RunDir) -> dict[int, dict[str, Any]]:
 def evaluated(rounds: Sequence[RoundView]) -> list[RoundView]:
     """The rounds with an evaluation."""
     return [r for r in rounds if r.evaluation is not None]
+
+
+def source_views(view: RoundView) -> dict[str, RoundView]:
+    """A round's evaluation on the prompts of each source, as views with nothing else in them."""
+    sources = (view.evaluation or {}).get("by_source", {})
+    return {
+        name: replace(view, evaluation=figures, training=None, pairs=0)
+        for name, figures in sources.items()
+    }

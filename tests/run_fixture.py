@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config_file import config_from_dict, dump_yaml
-from online_dpo.metrics import distinct_n, estimate, wilson, win
+from online_dpo.metrics import Drift, evaluation_figures, win
 from online_dpo.pairing import Judged, best_worst, make_pairs
 from online_dpo.records import Comparison, Message, ModelRef, Prompt, Response, RoundPlan, Score
 from online_dpo.records import to_dict as plain
@@ -42,13 +42,15 @@ def make_run(
     form: str = "text",
     odd_answer: str | None = None,
     config: dict[str, Any] | None = None,
+    sources: Sequence[str] = ("reviews",),
 ) -> Path:
     """Write `folder/demo`, the run of a campaign of `rounds` rounds, and return it.
 
     Of the rounds `finished` are done, and the next has its first shard sampled. `judge` is "score"
     or "compare". Every round's policy is a copy of the folder `policy`; `pinned` makes policy 0 a
     given model instead of an sft policy. Prompts are "text", "messages" or "both". `odd_answer`
-    becomes the text of an answer and of the widest pair of every round.
+    becomes the text of an answer and of the widest pair of every round. Prompts come from the
+    `sources` in turn.
     """
     run = RunDir(folder / "demo")
     run.path.mkdir(parents=True)
@@ -57,7 +59,7 @@ def make_run(
     loaded = config_from_dict(settings)
     run.write_text("campaign.yaml", dump_yaml(loaded.config.model_dump(mode="json")))
     run.write_text("versions.json", json.dumps({"python": "3.11.9", "torch": "2.13.0"}))
-    maker = _Maker(run, judge, policy, form, odd_answer)
+    maker = _Maker(run, judge, policy, form, odd_answer, sources)
     maker.origin(pinned=pinned)
     done = rounds if finished is None else finished
     for number in range(1, done + 1):
@@ -87,7 +89,13 @@ def _config(run: Path, rounds: int, *, pinned: bool, policy: Path | None) -> dic
 
 class _Maker:
     def __init__(
-        self, run: RunDir, judge: str, policy: Path | None, form: str, odd: str | None
+        self,
+        run: RunDir,
+        judge: str,
+        policy: Path | None,
+        form: str,
+        odd: str | None,
+        sources: Sequence[str],
     ) -> None:
         self.run = run
         self.judge = judge
@@ -95,8 +103,13 @@ class _Maker:
         self.odd = odd
         self.random = random.Random(7)
         names = [f"the film {film}" for film in FILMS] + [f"the Maple {p}" for p in PRODUCTS]
-        self.train = [_prompt(i, f"Review of {name}:\n", form) for i, name in enumerate(names)]
-        self.held_out = [_prompt(50 + i, f"Review of {n} II:\n", form) for i, n in enumerate(names)]
+        self.train, self.held_out = (
+            [
+                _prompt(first + i, f"Review of {name}{end}:\n", form, sources[i % len(sources)])
+                for i, name in enumerate(names)
+            ]
+            for first, end in ((0, ""), (50, " II"))
+        )
         self.answers: list[dict[str, Row]] = []
 
     def origin(self, *, pinned: bool) -> None:
@@ -160,7 +173,11 @@ class _Maker:
             )
         )  # fmt: skip
         prompts = chosen[:num_sampled]
-        rows = [plain(r) for p in prompts for r in self._responses(p, number - 1, NUM_SAMPLES)]
+        rows = [
+            {**plain(r), "prompt_source": p.source}
+            for p in prompts
+            for r in self._responses(p, number - 1, NUM_SAMPLES)
+        ]
         with round_dir.commit("samples/part-00000", inputs={}) as draft:
             write_table(draft.path / "samples.parquet", "samples", rows)
             _json(draft.path / "metrics.json", {"rows": len(rows), "tokens": 300, "finish": {}})
@@ -204,7 +221,8 @@ class _Maker:
                 rows += [_label(prompt_id, c.first_id, comparison=c) for c in compared]
         invalid = sum(r["score"] is None and r["p"] is None for r in rows)
         with round_dir.commit("labels/part-00000", inputs={}) as draft:
-            write_table(draft.path / "labels.parquet", "labels", rows)
+            sourced = [{**row, "prompt_source": by_id[row["prompt_id"]].source} for row in rows]
+            write_table(draft.path / "labels.parquet", "labels", sourced)
             counts = {"verdicts": len(rows), "valid": len(rows) - invalid, "ties": 0}
             _json(draft.path / "metrics.json", {**counts, "invalid": {"no final answer": invalid}})
             draft.facts = {"judge": {"name": "heuristic"}, "kind": self.judge}
@@ -280,11 +298,11 @@ class _Maker:
         return row
 
 
-def _prompt(index: int, text: str, form: str) -> Prompt:
+def _prompt(index: int, text: str, form: str, source: str) -> Prompt:
     messages = form == "messages" or (form == "both" and index % 2 == 1)
     turns = (Message("user", text),) if messages else ()
     return Prompt(
-        id=f"{index:016x}", source="reviews", text=None if messages else text, messages=turns,
+        id=f"{index:016x}", source=source, text=None if messages else text, messages=turns,
         token_ids=(1, 5, 9, 11),
     )  # fmt: skip
 
@@ -338,27 +356,12 @@ def _step(number: int, step: int) -> Row:
 
 
 def _figures(rows: Sequence[Row], number: int) -> Row:
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    score = estimate(scores)
-    drift = {"mean": 4.0 * number, "stderr": 0.3, "count": len(rows), "per_token": 0.2}
-    return {
-        "prompts": len(rows),
-        "invalid": 0,
-        "score": None if score is None else asdict(score),
-        "win_rate_policy0": _rate(rows, "p_policy0"),
-        "win_rate_previous": _rate(rows, "p_previous"),
-        "mean_tokens": sum(len(row["token_ids"]) for row in rows) / len(rows),
-        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        "distinct_2": distinct_n([row["text"] for row in rows]),
-        "kl_reference": None if number == 0 else {**drift, "mean": 4.0},
-        "kl_policy0": None if number == 0 else drift,
-        "by_source": {},
-    }
-
-
-def _rate(rows: Sequence[Row], field: str) -> Row | None:
-    rate = wilson([row[field] for row in rows if row[field] is not None])
-    return None if rate is None else asdict(rate)
+    """As of a policy that drifts by 4 nats a round from policy 0, its sequences by 4 +- 1."""
+    away = [[-4.0 * number + (-1.0 if i % 2 else 1.0)] for i in range(len(rows))]
+    near = [[-4.0]] * len(rows)
+    still = [[0.0]] * len(rows)
+    drifts = {"kl_reference": Drift(still, near), "kl_policy0": Drift(still, away)}
+    return evaluation_figures(rows, drifts if number else dict.fromkeys(drifts), asked=number > 0)
 
 
 def _json(path: Path, data: Row) -> None:

@@ -12,7 +12,9 @@ import pytest
 from tiny import in_child, tiny_config
 
 from online_dpo.config_file import dump_yaml
+from online_dpo.files import read_json
 from online_dpo.store import RunDir
+from online_dpo.tables import read_table
 
 FLAWED_JUDGE = """\
 import math, time
@@ -123,6 +125,34 @@ def test_bad_rows_among_good_ones_are_skipped_and_named(tmp_path: Path) -> None:
     code, output = run_config(tmp_path, config)
     assert code == 0, output
     assert "prompts:1 skipped" in output and "duplicate" in output and "empty prompt" in output
+
+
+def test_a_sources_name_is_in_every_table_and_every_figure(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", campaign={"rounds": 1})
+    (tmp_path / "things.jsonl").write_text(
+        "".join(f'{{"prompt": "small thing {i}:"}}\n' for i in range(24))
+    )
+    config["prompts"]["train"].append({"path": str(tmp_path / "things.jsonl"), "weight": 1.0})
+    code, output = run_config(tmp_path, config)
+    assert code == 0, output
+    first = RunDir(tmp_path / "run").round(1).path
+    both = {"prompts", "things"}
+    tables = ["samples/part-00000/samples", "labels/part-00000/labels", "pairs/pairs"]
+    for name in [*tables, "evaluation/answers"]:
+        rows = read_table(first / f"{name}.parquet")
+        assert {row["prompt_source"] for row in rows} == both, name
+    metrics = read_json(first / "evaluation/metrics.json")
+    whole = set(metrics) - {"by_source"}
+    assert {name: set(figures) for name, figures in metrics["by_source"].items()} == {
+        name: whole for name in both
+    }
+    pairs = read_json(first / "pairs/metrics.json")
+    assert {name: row["prompts"] for name, row in pairs["by_source"].items()} == {
+        "prompts": 4,
+        "things": 4,
+    }
+    assert in_child(cli, ["status", str(tmp_path / "run")], str(tmp_path / "out.txt")) == 0
+    assert "round 1 by source" in (tmp_path / "out.txt").read_text()
 
 
 def test_an_unreadable_model_ends_with_2(tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ from run_fixture import make_run
 
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
-from online_dpo.report.build import build_report
+from online_dpo.report.build import build_report, render
 from online_dpo.report.charts import round_charts, step_charts
 from online_dpo.report.curves import Chart, Point, Series, describe, draw, thinned, ticks
+from online_dpo.report.sections import sample_pairs, source_grid
 from online_dpo.tables import read_table
 from online_dpo.views import Campaign
 
@@ -84,6 +85,26 @@ def page(run: Path) -> Page:
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Page:
     config = {"judge": {"name": "heuristic", "options": {"lexicon": HOSTILE}}}
     return page_of(make_run(tmp_path_factory.mktemp("hostile"), odd_answer=HOSTILE, config=config))
+
+
+def test_rounds_without_example_pairs_are_counted(tmp_path: Path) -> None:
+    campaign = Campaign(make_run(tmp_path, rounds=12))
+    examples = sample_pairs(campaign, campaign.rounds())
+    assert [number for number, _ in examples.shown][:2] == [1, 2] and len(examples.shown) == 10
+    assert examples.left_out == 2
+    assert "Of 10 of the 12 rounds with pairs" in " ".join(Page(render(campaign)).text.split())
+    few = Campaign(make_run(tmp_path / "few", rounds=2))
+    assert "rounds with pairs" not in render(few)
+
+
+def test_every_figure_is_given_by_source(tmp_path: Path) -> None:
+    run = make_run(tmp_path, rounds=1, sources=("films", "products"))
+    grid = source_grid(Campaign(run).rounds())
+    assert grid is not None
+    assert grid.titles[:4] == ["source", "prompts", "reward", "wins vs 0"]
+    assert {"KL to 0", "tokens", "distinct-2"} < set(grid.titles)
+    assert [row[:2] for row in grid.rows] == [["films", "6"], ["products", "6"]]
+    assert "by source" in render(Campaign(run))
 
 
 def test_the_page_begins_with_the_result(run: Path, page: Page) -> None:

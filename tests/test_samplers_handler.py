@@ -16,7 +16,7 @@ from online_dpo.tables import read_table, responses_by_prompt
 PARAMS = {
     "n": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "stop": []
 }  # fmt: skip
-PROMPTS = [{"id": f"p{i}", "token_ids": list(range(5, 9 + i))} for i in range(4)]
+PROMPTS = [{"id": f"p{i}", "source": "set", "token_ids": list(range(5, 9 + i))} for i in range(4)]
 SEEDS = {f"p{i}": [2 * i, 2 * i + 1] for i in range(4)}
 
 

@@ -17,7 +17,9 @@ from online_dpo.workers import InlineWorker
 PARAMS = {
     "n": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6, "stop": []
 }  # fmt: skip
-PROMPTS = [{"id": f"p{9 - i}", "token_ids": list(range(5, 9 + i))} for i in range(7)]
+PROMPTS = [
+    {"id": f"p{9 - i}", "source": "set", "token_ids": list(range(5, 9 + i))} for i in range(7)
+]
 SEEDS = {row["id"]: [3 * i, 3 * i + 1] for i, row in enumerate(PROMPTS)}
 
 

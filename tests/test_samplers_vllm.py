@@ -20,7 +20,7 @@ from online_dpo.tables import read_table
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
 PROMPTS = [
-    {"id": f"p{i}", "token_ids": [2 + (7 * i + j) % 300 for j in range(3 + i % 5)]}
+    {"id": f"p{i}", "source": "set", "token_ids": [2 + (7 * i + j) % 300 for j in range(3 + i % 5)]}
     for i in range(8)
 ]
 CONTEXT = 384
@@ -156,7 +156,7 @@ def test_a_sequence_may_fill_the_context(
             worker.call("score", sequences=sequences)["logps"], expected, strict=True
         ):
             assert got == pytest.approx(logps, abs=1e-4)
-    prompts = [{"id": "p0", "token_ids": ids[: CONTEXT - 4]}]
+    prompts = [{"id": "p0", "source": "set", "token_ids": ids[: CONTEXT - 4]}]
     for worker in (transformers_worker, vllm, server_worker):
         row = answer(worker, prompts=prompts)[0]
         assert (len(row["token_ids"]), row["finish_reason"]) == (4, "length")

@@ -68,6 +68,20 @@ def test_a_row_a_round_with_its_figures(run: Path, capsys: pytest.CaptureFixture
     assert "finished, 3 of 3 rounds done" in shown
 
 
+def test_sources_have_a_table_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, rounds=1, sources=("films", "products"))
+    shown = status(run, capsys)
+    figures = read_json(run / "rounds/001/evaluation/metrics.json")["by_source"]["films"]
+    after = shown[shown.index("round 1 by source") :]
+    row = next(line.split() for line in after.splitlines() if line.startswith("films"))
+    assert row[:2] == ["films", "6"] and row[2] == f"{figures['score']['mean']:.2f}"
+    assert f"{figures['distinct_2']:.2f}" in row
+    assert all(len(line) <= 80 for line in after.splitlines() if str(run) not in line)
+    assert "by source" not in status(make_run(tmp_path / "one", rounds=1), capsys)
+
+
 def test_a_narrow_output_drops_columns_and_names_them(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

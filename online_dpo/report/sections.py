@@ -10,7 +10,7 @@ from typing import Any
 from online_dpo.files import read_json
 from online_dpo.lookup import PairView, example_pairs, invalid_verdicts, spread
 from online_dpo.store import RunDir, read_lines
-from online_dpo.views import Campaign, RoundView, evaluated
+from online_dpo.views import Campaign, RoundView, evaluated, source_views
 from online_dpo.wording import (
     FATES,
     change,
@@ -79,6 +79,14 @@ class Grid:
     rows: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True)
+class ExamplePairs:
+    """Pairs by round, and the number of rounds with pairs of which none are shown."""
+
+    shown: Sequence[tuple[int, Sequence[PairView]]]
+    left_out: int
+
+
 def tiles(rounds: Sequence[RoundView]) -> list[Tile]:
     """The last evaluation against the first."""
     measured = evaluated(rounds)
@@ -139,14 +147,15 @@ def _round_row(view: RoundView) -> list[str]:
 def source_grid(rounds: Sequence[RoundView]) -> Grid | None:
     """The last evaluation by prompt source, where there is more than one."""
     measured = evaluated(rounds)
-    sources = figure(measured[-1], "by_source") if measured else None
-    if not sources or len(sources) < 2:
+    sources = source_views(measured[-1]) if measured else {}
+    if len(sources) < 2:
         return None
+    grid = round_grid(list(sources.values()))
     rows = [
-        [name, str(s["prompts"]), estimate(s["score"]), rate(s["win_rate_policy0"])]
-        for name, s in sources.items()
+        [name, str(figure(view, "prompts")), *row[2:]]
+        for (name, view), row in zip(sources.items(), grid.rows, strict=True)
     ]
-    return Grid(["source", "prompts", "reward", "wins vs policy 0"], rows)
+    return Grid(["source", "prompts", *grid.titles[2:]], rows)
 
 
 def fate_grid(rounds: Sequence[RoundView]) -> tuple[Grid, list[tuple[str, str]]] | None:
@@ -230,13 +239,12 @@ def _answer(row: Mapping[str, Any] | None) -> Answer | None:
     )
 
 
-def sample_pairs(
-    campaign: Campaign, rounds: Sequence[RoundView]
-) -> list[tuple[int, Sequence[PairView]]]:
+def sample_pairs(campaign: Campaign, rounds: Sequence[RoundView]) -> ExamplePairs:
     """A few pairs of each round, of the widest, a middle and the narrowest margin."""
     paired = [view.round for view in rounds if view.pairs]
     chosen = [paired[index] for index in spread(len(paired), _MAX_PAIR_ROUNDS)]
-    return [(n, example_pairs(campaign.path, n, _PAIRS_PER_ROUND)) for n in chosen]
+    shown = [(n, example_pairs(campaign.path, n, _PAIRS_PER_ROUND)) for n in chosen]
+    return ExamplePairs(shown, len(paired) - len(chosen))
 
 
 def logged_steps(

@@ -129,19 +129,29 @@ class SamplerHandler:
         params: Mapping[str, Any],
         out: str,
     ) -> dict[str, Any]:
-        """Answer prompts (rows, or a parquet file of them) and write the responses as a table."""
+        """Answer prompts (rows, or a parquet file of them) and write the responses as a table.
+
+        A row has "id", "source" and "token_ids".
+        """
         rows = read_table(Path(prompts)) if isinstance(prompts, str) else prompts
         requests = [
             SamplingRequest(
-                Prompt(row["id"], "", token_ids=tuple(row["token_ids"])), tuple(seeds[row["id"]])
+                Prompt(row["id"], row["source"], token_ids=tuple(row["token_ids"])),
+                tuple(seeds[row["id"]]),
             )
             for row in rows
         ]
         wanted = SamplingParams(**{**params, "stop": tuple(params["stop"])})
         progress = _Progress(emit, total=sum(len(request.seeds) for request in requests))
         groups = self._engine.generate(requests, wanted, progress=progress)
-        responses = [response for group in groups for response in group]
-        write_table(Path(out), "samples", [to_dict(response) for response in responses])
+        answered = [
+            (r, request.prompt)
+            for request, group in zip(requests, groups, strict=True)
+            for r in group
+        ]
+        table = [{**to_dict(r), "prompt_source": prompt.source} for r, prompt in answered]
+        write_table(Path(out), "samples", table)
+        responses = [response for response, _ in answered]
         return {
             "rows": len(responses),
             "tokens": sum(len(response.token_ids) for response in responses),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from online_dpo.files import sha256_text
-from online_dpo.metrics import Rate, distinct_n, estimate, kl, wilson, win
+from online_dpo.metrics import Drift, evaluation_figures, win
 from online_dpo.records import (
     Comparison,
     ModelRef,
@@ -21,7 +20,7 @@ from online_dpo.records import (
 )
 from online_dpo.stages.context import Context
 from online_dpo.stages.origin import policy_zero
-from online_dpo.stages.sample import load_policy
+from online_dpo.stages.sample import load_policy, prompt_request
 from online_dpo.tables import read_table, response_from_answer, responses_by_prompt, write_table
 
 Row = dict[str, Any]
@@ -41,7 +40,8 @@ def evaluate(context: Context) -> None:
         answers = _answer(context, policy, temperature=context.config.evaluation.temperature)
         bar.set(len(answers))
         rows = _judge(context, answers)
-        metrics = _metrics(context, policy, answers, rows)
+        asked = context.plan is not None or context.make_labeller(True).kind == "score"
+        metrics = evaluation_figures(rows, _drifts(context, policy, answers), asked=asked)
     with context.round.commit("evaluation", inputs={"policy": policy.sha256}) as draft:
         write_table(draft.path / "answers.parquet", "answers", rows)
         (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -80,7 +80,7 @@ def _answer(
     table = scratch.path / "answers.parquet"
     context.crew.sampler().call(
         "generate",
-        prompts=[{"id": p.id, "token_ids": list(p.token_ids)} for p in prompts],
+        prompts=[prompt_request(prompt) for prompt in prompts],
         seeds={p.id: [derive_seed(seed, "eval", p.id)] for p in prompts},
         params=to_dict(params),
         out=str(table),
@@ -194,58 +194,8 @@ def _row(prompt: Prompt, response: Response) -> Row:
     }
 
 
-def _metrics(
-    context: Context,
-    policy: ModelRef,
-    answers: Answers,
-    rows: Sequence[Row],
-) -> dict[str, Any]:
-    scores = [row["score"] for row in rows if row["score"] is not None]
-    lengths = [float(len(response.token_ids)) for _, response in answers]
-    score = estimate(scores)
-    return {
-        "prompts": len(rows),
-        "invalid": sum(_unjudged(context, row) for row in rows),
-        "score": None if score is None else asdict(score),
-        "win_rate_policy0": _rate(rows, "p_policy0"),
-        "win_rate_previous": _rate(rows, "p_previous"),
-        "mean_tokens": sum(lengths) / len(lengths),
-        "truncated": sum(r.truncated for _, r in answers) / len(answers),
-        "distinct_2": distinct_n([r.text for _, r in answers]),
-        **_drift(context, policy, answers),
-        "by_source": _by_source(rows),
-    }
-
-
-def _unjudged(context: Context, row: Row) -> bool:
-    """Whether the judge gave nothing on an answer that it was asked about."""
-    verdicts = (row["score"], row["p_policy0"], row["p_previous"])
-    compares = context.make_labeller(True).kind == "compare"
-    asked = context.plan is not None or not compares
-    return asked and all(verdict is None for verdict in verdicts)
-
-
-def _rate(rows: Sequence[Row], field: str) -> dict[str, Any] | None:
-    rate: Rate | None = wilson([row[field] for row in rows if row[field] is not None])
-    return None if rate is None else asdict(rate)
-
-
-def _by_source(rows: Sequence[Row]) -> dict[str, Any]:
-    sources = sorted({row["prompt_source"] for row in rows})
-    groups = {source: [r for r in rows if r["prompt_source"] == source] for source in sources}
-    result = {}
-    for source, group in groups.items():
-        score = estimate([row["score"] for row in group if row["score"] is not None])
-        result[source] = {
-            "prompts": len(group),
-            "score": None if score is None else asdict(score),
-            "win_rate_policy0": _rate(group, "p_policy0"),
-        }
-    return result
-
-
-def _drift(context: Context, policy: ModelRef, answers: Answers) -> dict[str, Any]:
-    """KL to the round's reference and to policy 0, on samples of the policy at temperature 1."""
+def _drifts(context: Context, policy: ModelRef, answers: Answers) -> dict[str, Drift | None]:
+    """From the round's reference and from policy 0, on samples of the policy at temperature 1."""
     if context.plan is None:
         return {"kl_reference": None, "kl_policy0": None}
     if context.config.evaluation.temperature != 1.0:
@@ -253,15 +203,9 @@ def _drift(context: Context, policy: ModelRef, answers: Answers) -> dict[str, An
     origin = policy_zero(context.run.round(0))
     reference = context.plan.reference
     own = _score(context, policy, answers)
-    drift: dict[str, Any] = {}
-    for name, model in (("kl_reference", reference), ("kl_policy0", origin)):
-        if name == "kl_policy0" and model == reference:
-            drift[name] = drift["kl_reference"]
-            continue
-        sequence, token = kl(own, _score(context, model, answers))
-        assert sequence is not None
-        drift[name] = {**asdict(sequence), "per_token": token}
-    return drift
+    of_reference = _score(context, reference, answers)
+    of_origin = of_reference if origin == reference else _score(context, origin, answers)
+    return {"kl_reference": Drift(own, of_reference), "kl_policy0": Drift(own, of_origin)}
 
 
 def _score(context: Context, model: ModelRef, answers: Answers) -> list[list[float]]:

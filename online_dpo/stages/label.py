@@ -121,8 +121,8 @@ def label_shard(context: Context, shard: str) -> int:
 def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
     """One row a score or a comparison; an invalid one has its reason and no value."""
     prompt, responses = item
-    empty: Row = {"prompt_id": prompt.id, "second_id": None, "score": None, "p": None}
-    empty |= {"orders": 0, "raws": []}
+    empty: Row = {"prompt_id": prompt.id, "prompt_source": prompt.source, "second_id": None}
+    empty |= {"score": None, "p": None, "orders": 0, "raws": []}
     if labels.scores is not None:
         return [
             {**empty, "first_id": response.id, "score": score.value, "reason": score.reason}

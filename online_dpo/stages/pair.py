@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -171,11 +172,19 @@ def _metrics(
         "prompts": len(judged),
         "prompts_with_pairs": len({p.prompt_id for p in new}),
         "responses": dict(pairing.fates),
+        "by_source": _by_source(new, judged),
         "origins": dict(sorted(origins.items())),
         "mean_margin": sum(p.margin for p in new) / len(new),
         "mean_chosen_tokens": sum(len(p.chosen_token_ids) for p in new) / len(new),
         "mean_rejected_tokens": sum(len(p.rejected_token_ids) for p in new) / len(new),
     }
+
+
+def _by_source(new: Sequence[Preference], judged: Sequence[Judged]) -> dict[str, dict[str, int]]:
+    """Prompts and new pairs of each prompt source."""
+    prompts = Counter(item.prompt.source for item in judged)
+    pairs = Counter(preference.prompt_source for preference in new)
+    return {s: {"prompts": prompts[s], "pairs": pairs[s]} for s in sorted(prompts)}
 
 
 def _why_none(pairing: Pairing, num_responses: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from online_dpo.answers import buy_answers
 from online_dpo.calls import Limits
 from online_dpo.ledger import LEDGER
-from online_dpo.records import ModelRef, Response, SamplingParams, derive_seed, to_dict
+from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, write_table
@@ -52,6 +52,11 @@ def load_policy(context: Context, policy: ModelRef) -> dict[str, Any]:
     return result
 
 
+def prompt_request(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as samplers are given it."""
+    return {"id": prompt.id, "source": prompt.source, "token_ids": list(prompt.token_ids)}
+
+
 def _shards(context: Context) -> dict[str, Sequence[str]]:
     ids = context.inputs.prompt_ids
     size = context.config.sampling.prompts_per_shard
@@ -83,7 +88,7 @@ def _sample_shard(
             result = context.crew.sampler().call(
                 "generate",
                 on_event=on_event,
-                prompts=[{"id": i, "token_ids": list(table[i].token_ids)} for i in prompt_ids],
+                prompts=[prompt_request(table[i]) for i in prompt_ids],
                 seeds={
                     i: [derive_seed(plan.seed, "sample", i, k) for k in range(params.n)]
                     for i in prompt_ids
@@ -147,7 +152,9 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
 
 def _add(table: Path, others: Sequence[Response], prompt_ids: Sequence[str]) -> None:
     """Put other answers behind the policy's, prompt by prompt."""
-    rows = [*read_table(table), *(to_dict(response) for response in others)]
+    rows = read_table(table)
+    sources = {row["prompt_id"]: row["prompt_source"] for row in rows}
+    rows += [{**to_dict(r), "prompt_source": sources[r.prompt_id]} for r in others]
     place = {prompt_id: index for index, prompt_id in enumerate(prompt_ids)}
     write_table(table, "samples", sorted(rows, key=lambda row: place[row["prompt_id"]]))
 
