@@ -136,4 +136,5 @@ def test_retention_never_deletes_what_is_needed(
     campaign: dict[str, object], expected: list[int]
 ) -> None:
     finished = [KeptRound(n, promoted=n in (0, 2)) for n in range(6)]
-    assert deletable(config(campaign=campaign), finished) == expected
+    promoting = config(campaign=campaign, reference={"promote": {"every": 2}})
+    assert deletable(promoting, finished) == expected
