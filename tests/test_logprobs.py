@@ -35,9 +35,9 @@ from transformers import (
 
 from online_dpo.errors import ConfigError
 from online_dpo.models import load_model
-from online_dpo.training import vocabulary
+from online_dpo.training import shared_attention, vocabulary
 from online_dpo.training.logprobs import LogProbModel
-from online_dpo.training.packing import Part, TokenPair
+from online_dpo.training.packing import Part, TokenPair, pack
 from online_dpo.training.vocabulary import Terms
 
 SIZES = {
@@ -205,6 +205,24 @@ def test_a_prompt_is_encoded_once_and_a_response_is_projected_once(tiny_llama: P
     assert len(sequences) == 13
     assert batch.input_ids.shape == (1, sum(map(len, prompts)) + responses)
     assert batch.targets.shape == (responses,)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_the_attention_of_other_devices_is_the_cpus(uniform: bool) -> None:
+    """Off the CPU the shared layout runs through masks: outputs and gradients are the same."""
+    pairs = [[([7, 8], [1, 2, 3]), ([7, 8], [4, 5, 6])]] * 2 if uniform else items()
+    batch = pack(range(len(pairs)), pairs, shared=True, part_tokens=99, device=torch.device("cpu"))
+    assert batch.sharing is not None and (batch.sharing.prompt_mask is None) == uniform
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch.input_ids.shape[1], 4, 8)  # (T, H, D)
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(shape, generator=generator)
+    found = []
+    for attend in (shared_attention._Flash.apply, shared_attention._masked):
+        out = attend(*inputs, batch.sharing, 0.3)
+        found.append([out, *torch.autograd.grad((out * weights).sum(), inputs)])
+    for ours, masked in zip(*found, strict=True):
+        torch.testing.assert_close(ours, masked, atol=1e-5, rtol=1e-4)
 
 
 def test_another_attention_runs_on_padded_rows(tiny_llama: Path) -> None:
