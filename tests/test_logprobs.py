@@ -212,7 +212,7 @@ def test_the_attention_of_other_devices_is_the_cpus(uniform: bool) -> None:
     """Off the CPU the shared layout runs through masks: outputs and gradients are the same."""
     pairs = [[([7, 8], [1, 2, 3]), ([7, 8], [4, 5, 6])]] * 2 if uniform else items()
     batch = pack(range(len(pairs)), pairs, shared=True, part_tokens=99, device=torch.device("cpu"))
-    assert batch.sharing is not None and (batch.sharing.prompt_mask is None) == uniform
+    assert batch.sharing is not None and (batch.sharing.prompt_padding is None) == uniform
     generator = torch.Generator().manual_seed(0)
     shape = (batch.input_ids.shape[1], 4, 8)  # (T, H, D)
     inputs = [torch.randn(shape, generator=generator, requires_grad=True) for _ in range(3)]

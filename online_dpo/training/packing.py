@@ -59,15 +59,17 @@ class Sharing:
     """Which tokens of a packed row see which: each response its prompt and its own past.
 
     G groups of a prompt with up to K responses, Pmax and Rmax tokens long. `prompts` (G, Pmax) and
-    `responses` (G, K, Rmax) are indices into the row's T tokens, padded with T; `inverse` (T,) is
-    the place of each token among the G * Pmax + G * K * Rmax of both. `prompt_mask`
-    (G, 1, 1, Pmax) is 0 at a prompt's tokens and -inf at padding; None where there is none.
+    `responses` (G, K, Rmax) are indices into the row's T tokens; `inverse` (T,) is the place of
+    each token among the G * Pmax + G * K * Rmax of both. `prompt_padding` (G, Pmax) and
+    `response_padding` (G, K, Rmax) are true where an index stands for no token, and names the
+    row's first; None where there is no padding.
     """
 
     prompts: Tensor
     responses: Tensor
     inverse: Tensor
-    prompt_mask: Tensor | None
+    prompt_padding: Tensor | None
+    response_padding: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +207,8 @@ def _sharing(groups: Sequence[_Group], move: _Mover) -> Sharing:
     longest_prompt = max(len(group.prompt) for group in groups)
     most = max(len(group.responses) for group in groups)
     longest = max(len(response) for group in groups for response in group.responses)
-    total = sum(len(g.prompt) + sum(map(len, g.responses)) for g in groups)
-    prompts = np.full((len(groups), longest_prompt), total, dtype=np.int64)
-    responses = np.full((len(groups), most, longest), total, dtype=np.int64)
+    prompts = np.full((len(groups), longest_prompt), -1, dtype=np.int64)
+    responses = np.full((len(groups), most, longest), -1, dtype=np.int64)
     inverse, start = [], 0
     for g, group in enumerate(groups):
         count = len(group.prompt)
@@ -219,12 +220,13 @@ def _sharing(groups: Sequence[_Group], move: _Mover) -> Sharing:
             responses[g, k, :count] = np.arange(start, start + count)
             inverse.append(prompts.size + (g * most + k) * longest + np.arange(count))
             start += count
-    lengths = np.array([len(group.prompt) for group in groups])
-    mask = None
-    if (lengths < longest_prompt).any():
-        padding = np.arange(longest_prompt)[None] >= lengths[:, None]
-        mask = move(np.where(padding, -np.inf, 0.0).astype(np.float32)[:, None, None])
-    return Sharing(move(prompts), move(responses), move(np.concatenate(inverse)), mask)
+    return Sharing(
+        prompts=move(prompts.clip(0)),
+        responses=move(responses.clip(0)),
+        inverse=move(np.concatenate(inverse)),
+        prompt_padding=move(prompts < 0) if (prompts < 0).any() else None,
+        response_padding=move(responses < 0) if (responses < 0).any() else None,
+    )
 
 
 class _Mover:

@@ -94,7 +94,7 @@ class _Flash(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: float
     ) -> Tensor:
         most = sharing.responses.shape[1]
-        mask = None if sharing.prompt_mask is None else sharing.prompt_mask.to(query.dtype)
+        mask = _prompt_mask(sharing, query.dtype)
         (q_p, k_p, v_p), (q_r, k_r, v_r) = (
             [_take(x, index) for x in (query, key, value)]
             for index in (sharing.prompts, sharing.responses.flatten(1))
@@ -118,6 +118,10 @@ class _Flash(torch.autograd.Function):
         most = sharing.responses.shape[1]
         grad_p = _take(grad, sharing.prompts)
         grad_r = _take(grad, sharing.responses.flatten(1))
+        if sharing.prompt_padding is not None:
+            grad_p.masked_fill_(sharing.prompt_padding[:, None, :, None], 0.0)
+        if sharing.response_padding is not None:
+            grad_r.masked_fill_(sharing.response_padding.flatten(1)[:, None, :, None], 0.0)
         dq_p, dk_p, dv_p = _flash_backward(
             grad_p, q_p, k_p, v_p, out_p, lse_p, causal=True, mask=None, scale=scale
         )
@@ -135,10 +139,17 @@ class _Flash(torch.autograd.Function):
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """(G, H, L, D) from (T, H, D) by (G, L) indices; index T stands for padding and gives zeros."""
-    padded = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
-    taken: Tensor = padded.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
+    """(G, H, L, D) from (T, H, D) by (G, L) indices."""
+    taken: Tensor = x.index_select(0, index.reshape(-1)).unflatten(0, index.shape)
     return taken.transpose(1, 2)
+
+
+def _prompt_mask(sharing: Sharing, dtype: torch.dtype) -> Tensor | None:
+    """(G, 1, 1, P) to add to the scores of responses: -inf at a prompt's padding."""
+    if sharing.prompt_padding is None:
+        return None
+    padding = sharing.prompt_padding[:, None, None]
+    return torch.zeros_like(padding, dtype=dtype).masked_fill_(padding, -torch.inf)
 
 
 def _put_back(prompts: Tensor, responses: Tensor, sharing: Sharing) -> Tensor:
@@ -170,9 +181,14 @@ def _flash_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, never in bfloat16: there the kernel is far slower."""
+    wide = [
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (grad, query, key, value, out)
+    ]
+    mask = None if mask is None else mask.to(wide[0].dtype)
     grads: tuple[Tensor, Tensor, Tensor]
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale
+        *wide, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return grads
 
@@ -201,8 +217,8 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, sharing: Sharing, scale: 
     same = place[:, None] // longest == place[None] // longest
     own = torch.where(same & (place[:, None] >= place[None]), 0.0, -torch.inf).to(query.dtype)
     own = own.expand(groups, 1, -1, -1)
-    mask = sharing.prompt_mask
-    past = query.new_zeros(()) if mask is None else mask.to(query.dtype)
+    mask = _prompt_mask(sharing, query.dtype)
+    past = query.new_zeros(()) if mask is None else mask
     past = past.expand(groups, 1, most * longest, k_p.shape[2])
     out_r = scaled_dot_product_attention(
         q_r,

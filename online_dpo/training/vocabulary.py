@@ -15,6 +15,9 @@ from online_dpo.training.packing import Part
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**30}
 """Memory for logits in float32 at once: 262 tokens of a vocabulary of 32k on a CPU."""
 
+ROWS = 1024
+"""Rows of a matrix that stay in a CPU's cache between two passes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -166,12 +169,19 @@ class _Work:
             if self.grad_weight.dtype == probs.dtype:
                 self.grad_weight.addmm_(probs.t(), scaled, alpha=-1)
             else:
-                self.grad_weight -= torch.mm(probs.t(), scaled)
+                _subtract(self.grad_weight, torch.mm(probs.t(), scaled))
             self.grad_weight.index_add_(0, targets, scaled.to(self.grad_weight.dtype))
         if self.grad_bias is not None:
             wide = grads.to(self.grad_bias.dtype)
             self.grad_bias -= (probs * grads).sum(0).to(self.grad_bias.dtype)
             self.grad_bias.index_add_(0, targets, wide.squeeze(1))
+
+
+def _subtract(wide: Tensor, narrow: Tensor) -> None:
+    """wide -= narrow, of different types; a CPU widens a copy of all that it is given first."""
+    rows = ROWS if wide.device.type == "cpu" else len(wide)
+    for begin in range(0, len(wide), rows):
+        wide[begin : begin + rows] -= narrow[begin : begin + rows]
 
 
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
