@@ -405,7 +405,7 @@ class TrainConfig(Section):
     max_grad_norm: Positive = 1.0
     """Gradients are clipped to this norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast over float32 master weights."""
+    """bfloat16: computing in bfloat16, weights and gradients are kept in float32."""
     gradient_checkpointing: bool = False
     """Trade a second forward pass for memory."""
     activation_offload: bool = False

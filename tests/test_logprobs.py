@@ -251,6 +251,27 @@ def test_bfloat16_gradients_are_close(tiny_llama: Path) -> None:
         assert float(cosine) > 0.99, name
 
 
+def test_bfloat16_goes_by_the_weights_as_they_are(tiny_llama: Path) -> None:
+    """Rounded copies follow every change of a weight: a step, a load, a move to another device."""
+    model = LogProbModel(load_model(tiny_llama), precision="bfloat16")
+    batch = model.pack(range(7), items(vocab_size=320))
+    with torch.no_grad():
+        before = model(batch)
+        next(model.parameters()).mul_(1.5)
+        changed = model(batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    loss, _ = model(batch, lambda logps, part, _: Terms(logps.sum(), {}))
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    optimizer.step()
+    with torch.no_grad():
+        stepped = model(batch)
+        fresh = LogProbModel(copy.deepcopy(model.model), precision="bfloat16")(batch)
+        assert torch.equal(model.to("cpu")(batch), stepped)
+    assert not torch.equal(before, changed) and not torch.equal(changed, stepped)
+    assert torch.equal(stepped, fresh)
+
+
 class Leaky(LlamaForCausalLM):
     """Each position sees the whole row: padding changes the result."""
 

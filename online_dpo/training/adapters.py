@@ -117,6 +117,8 @@ class AdapterCache:
             return
         self.clear()
         model = load_model(base, **self._how)
-        self._model = LogProbModel(model, precision=self.precision)
+        self._model = LogProbModel(
+            model, precision=self.precision, rounds=not self.gradient_checkpointing
+        )
         self._adapted = AdaptedModel(model, lora_config(self.lora))
         self._base, self._base_sha256 = base, sha256

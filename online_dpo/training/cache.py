@@ -116,7 +116,7 @@ class ModelCache:
             trust_remote_code=self.trust_remote_code,
             device=str(self.device),
         )
-        return LogProbModel(model, precision=self.precision)
+        return LogProbModel(model, precision=self.precision, rounds=not self.gradient_checkpointing)
 
 
 def _weight_bytes(folder: Path) -> int:

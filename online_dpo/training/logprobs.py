@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from online_dpo.errors import ConfigError
 from online_dpo.training import shared_attention
 from online_dpo.training.packing import Batch, TokenPair, pack
+from online_dpo.training.rounding import RoundedWeights
 from online_dpo.training.vocabulary import (
     PartLoss,
     Terms,
@@ -48,12 +49,19 @@ class LogProbModel(nn.Module):
         model: PreTrainedModel,
         *,
         precision: Precision = "float32",
+        rounds: bool = True,
         place: Callable[[LogProbModel], None] | None = None,
     ) -> None:
-        """`place` puts the weights where they stay, before the numeric test runs."""
+        """`place` puts the weights where they stay, before the numeric test runs.
+
+        In bfloat16, float32 weights are rounded once for all passes until they change. `rounds` is
+        False where layers run again in the backward pass, which autocast alone reaches.
+        """
         super().__init__()
         self.model = model
         self.precision = precision
+        self.rounded = RoundedWeights()
+        self._may_round = rounds
         given = str(model.config._attn_implementation)
         flash = given == "flash_attention_2"
         if flash and precision == "float32":
@@ -106,11 +114,12 @@ class LogProbModel(nn.Module):
                     return _logps(logits, batch.targets)
                 return _plain(_sum_parts(logits, batch, part_loss, squares))
             hidden = self._hidden(batch)
-            head: nn.Module = self.model.get_output_embeddings()
+            head: Any = self.model.get_output_embeddings()
+            rounded = self.rounded.copy(head.weight) if self._rounds else None
             if part_loss is None:
-                return token_logps(hidden, head, batch.targets)
+                return token_logps(hidden, head, batch.targets, rounded=rounded)
             given = (hidden, head, batch.targets, batch.parts, part_loss)
-            return _plain(fused_terms(*given, squares=squares))
+            return _plain(fused_terms(*given, squares=squares, rounded=rounded))
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -124,7 +133,7 @@ class LogProbModel(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """(N, H) hidden states that predict the response tokens."""
-        out = self.model.base_model(**_inputs(batch))
+        out = self._run(self.model.base_model, _inputs(batch))
         hidden: Tensor = out.last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.positions)
 
@@ -132,10 +141,26 @@ class LogProbModel(nn.Module):
         """(N, V), with a gradient, from the whole model."""
         logits: Tensor
         if batch.sharing is None:
-            logits = self.model(**_inputs(batch)).logits.flatten(0, 1)[batch.positions]
+            logits = self._run(self.model, _inputs(batch)).logits.flatten(0, 1)[batch.positions]
         else:
-            logits = self.model(**_inputs(batch), logits_to_keep=batch.positions).logits[0]
+            inputs = {**_inputs(batch), "logits_to_keep": batch.positions}
+            logits = self._run(self.model, inputs).logits[0]
         return logits
+
+    def _run(self, module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        return self.rounded.call(module, inputs) if self._rounds else module(**inputs)
+
+    @property
+    def _rounds(self) -> bool:
+        return (
+            self.precision == "bfloat16" and self.finest_precision == "float32" and self._may_round
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moving the model leaves no copies behind."""
+        self.rounded.forget()
+        move: Any = super()._apply
+        return move(*args, **kwargs)
 
     def _autocast(self) -> AbstractContextManager[None]:
         return torch.autocast(

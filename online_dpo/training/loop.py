@@ -27,13 +27,16 @@ from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.objective import Emit, LoopSettings, Objective
 from online_dpo.training.optimizers import make_optimizer
 from online_dpo.training.packing import Pack
-from online_dpo.training.sharding import clip_gradients, sync_gradients
+from online_dpo.training.sharding import clip_gradients, gradient_norm, sync_gradients
 from online_dpo.training.vocabulary import PartLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from online_dpo.training.moving_reference import MovingReference
+
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it; below the limit by this, nothing is scaled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +173,13 @@ def _take_step(
         for name, value in {"loss": loss.detach(), **metrics}.items():
             counted = value.double() * micro.real
             sums[name] = sums[name] + counted if name in sums else counted
-    grad_norm = clip_gradients(model, settings.max_grad_norm)
+    grad_norm = gradient_norm(model)
     means = {**_means(sums, total, grad_norm, accelerator), "learning_rate": learning_rate}
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         optimizer.zero_grad()
         raise _diverged(number, means)
+    if means["grad_norm"] + CLIP_EPS > settings.max_grad_norm:
+        clip_gradients(model, settings.max_grad_norm, grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

@@ -100,12 +100,14 @@ def sync_gradients(
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients to a total L2 norm of at most `max_norm`; returns the norm before."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = _whole(get_total_norm(gradients))
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The total L2 norm of all gradients."""
+    return _whole(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def clip_gradients(model: nn.Module, max_norm: float, norm: Tensor) -> None:
+    """Scale all gradients, whose total norm is `norm`, to one of at most `max_norm`."""
     clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
 
 
 def gather(tensors: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:

@@ -40,9 +40,15 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     return max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
 
 
-def token_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """(N,) float32 log-probs of `targets` (N,) from hidden states (N, H); no gradient."""
+def token_logps(
+    hidden: Tensor, head: nn.Module, targets: Tensor, *, rounded: Tensor | None = None
+) -> Tensor:
+    """(N,) float32 log-probs of `targets` (N,) from hidden states (N, H); no gradient.
+
+    `rounded` is the head's weight in the type that is computed in, where it is at hand.
+    """
     weight, bias = _weights(head)
+    weight = weight.to(_compute_dtype(hidden)) if rounded is None else rounded
     size = chunk_tokens(weight.shape[0], hidden.device)
     parts = [
         _softmax(linear(hidden[i : i + size], weight, bias), targets[i : i + size])[0]
@@ -59,17 +65,20 @@ def fused_terms(
     part_loss: PartLoss,
     *,
     squares: bool = False,
+    rounded: Tensor | None = None,
 ) -> Terms:
     """The summed terms of all parts, from hidden states (N, H), (N,) targets and the output head.
 
     The gradient is computed beside the loss, part by part: dL/dlogp of each token comes from
     `part_loss` by autograd, and dL/dlogits = dL/dlogp * (onehot - softmax) in closed form. So the
     logits of a part are made once and never kept. Those of a part too large for memory are made
-    twice, chunk by chunk.
+    twice, chunk by chunk. `rounded` is the head's weight in the type that is computed in.
     """
     names: list[str] = []
     apply: Any = _Fused.apply
-    loss, *values = apply(hidden, *_weights(head), targets, parts, part_loss, squares, names)
+    weight, bias = _weights(head)
+    given = (targets, parts, part_loss, squares, rounded, names)
+    loss, *values = apply(hidden, weight, bias, *given)
     return Terms(loss, dict(zip(names, values, strict=True)))
 
 
@@ -86,10 +95,12 @@ class _Fused(torch.autograd.Function):
         parts: Sequence[Part],
         part_loss: PartLoss,
         squares: bool,
+        rounded: Tensor | None,
         names: list[str],
     ) -> tuple[Tensor, ...]:
         dtype = _compute_dtype(hidden)
-        work = _Work(hidden.to(dtype), weight.to(dtype), bias, targets, weight, ctx)
+        low = weight.to(dtype) if rounded is None else rounded
+        work = _Work(hidden.to(dtype), low, bias, targets, weight, ctx)
         totals: dict[str, Tensor] = {}
         for part in parts:
             terms = work.do(part, part_loss, squares)
@@ -106,7 +117,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
         del ctx.grads
-        return (*grads, *[None] * 5)
+        return (*grads, *[None] * 6)
 
 
 class _Work:
