@@ -23,6 +23,7 @@ from online_dpo.errors import EngineError
 from online_dpo.models import max_length
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.decoding import Ending, SeededChoice, seeded_uniforms
+from online_dpo.samplers.kv_cache import roomy_cache
 from online_dpo.samplers.responses import (
     Output,
     StopStrings,
@@ -225,6 +226,7 @@ class TransformersSampler:
             sequences: Tensor = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
+                past_key_values=roomy_cache(model, input_ids.shape[1] + max(limits)),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits), do_sample=False, pad_token_id=0
                 ),
