@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -44,9 +45,10 @@ class Loop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _, judge in self._judges:
-            judge.close()
-        self._crew.close()
+        with contextlib.ExitStack() as ends:  # a signal in the midst of one ends the others too
+            ends.callback(self._crew.close)
+            for _, judge in self._judges:
+                ends.callback(judge.close)
 
     def prepare(self) -> None:
         """Make the judges and find the selector, before anything is written or paid for.
