@@ -68,6 +68,23 @@ def test_a_row_a_round_with_its_figures(run: Path, capsys: pytest.CaptureFixture
     assert "finished, 3 of 3 rounds done" in shown
 
 
+def test_status_as_json_counts_why_there_is_no_verdict(tmp_path: Path) -> None:
+    rounds = Campaign(make_run(tmp_path, rounds=2)).status()["rounds"]
+    assert [list(r["no_verdict"]) for r in rounds] == [[], ["no final answer"], ["no final answer"]]
+    assert all(count > 0 for r in rounds for count in r["no_verdict"].values())
+
+
+def test_the_way_on_names_the_trust_that_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = {"name": "mine:score"}
+    run = make_run(tmp_path, rounds=3, finished=1, config={"judge": judge})
+    command = f"online-dpo resume {run} --trust judge.name=mine:score"
+    assert command in status(run, capsys)
+    print_summary(Campaign(run))
+    assert f"{command}  # go on" in capsys.readouterr().out
+
+
 def test_sources_have_a_table_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,7 +302,7 @@ def test_figures_by_hand() -> None:
 
 def views(*figures: dict[str, Any]) -> list[RoundView]:
     empty = RoundView(
-        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, policy=None,
+        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, no_verdict={}, policy=None,
         reference=None, promoted=None, why=None, training=None, evaluation=None, wall_s=None,
         busy_s={}, fixed_s=None,
     )  # fmt: skip
