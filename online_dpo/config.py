@@ -174,7 +174,11 @@ class Endpoint(Section):
 
 
 class AnswerSource(Section):
-    """A second, usually stronger model whose answers join the candidates."""
+    """A second, usually stronger model whose answers join the candidates.
+
+    They are drawn with sampling's temperature, top_p, stop and max_new_tokens; top_k, which the API
+    does not have, is the policy's alone.
+    """
 
     url: str
     """Base URL of an OpenAI-compatible API."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from online_dpo import plugins
 from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
@@ -19,6 +21,7 @@ from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
@@ -198,6 +201,7 @@ class Labeller:
         if mode == "inline":
             self._asker = InlineAsker(form)
         else:
+            _check_key(form.judge)
             self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
 
     def _ask(self, questions: Sequence[Question], purpose: str) -> list[Answer]:
@@ -256,6 +260,16 @@ class _Progress:
     def _emit(self, event: str) -> None:
         invalid = dict(sorted(self._invalid.items()))
         self._on_event({"event": event, **self._facts, "done": self._done, "invalid": invalid})
+
+
+def _check_key(judge: Any) -> None:
+    """Ask for an API's key before anything is sampled for it, where a judge says what it needs.
+
+    Raises ConfigError. A server of one's own (`base_url`) may do without.
+    """
+    name = getattr(judge, "api_key_env", None)
+    if name is not None and getattr(judge, "base_url", None) is None and not os.environ.get(name):
+        raise ConfigError(missing_key(name))
 
 
 def _as_scores(answer: Answer) -> tuple[Score, ...]:

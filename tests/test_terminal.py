@@ -302,9 +302,9 @@ def test_figures_by_hand() -> None:
 
 def views(*figures: dict[str, Any]) -> list[RoundView]:
     empty = RoundView(
-        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, no_verdict={}, policy=None,
-        reference=None, promoted=None, why=None, training=None, evaluation=None, wall_s=None,
-        busy_s={}, fixed_s=None,
+        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, no_verdict={},
+        policy=None, reference=None, promoted=None, why=None, training=None, evaluation=None,
+        wall_s=None, busy_s={}, fixed_s=None,
     )  # fmt: skip
     return [
         replace(empty, round=n, evaluation={"win_rate_policy0": None, "score": None, **found})

@@ -14,7 +14,7 @@ from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, deriv
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, write_table
-from online_dpo.tokenization import ANSWER_KEY
+from online_dpo.tokenization import ANSWER_KEY, without_thinking
 
 
 def sample(context: Context) -> Iterator[str]:
@@ -124,8 +124,7 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
         bought = buy_answers(
             prompts,
             also,
-            max_tokens=context.config.sampling.max_new_tokens,
-            temperature=context.config.sampling.temperature,
+            params=sampling_params(context),
             limits=Limits(context.config.judge.budget, context.config.judge.max_calls),
             ledger_path=context.run.path / LEDGER,
             seed=context.config.campaign.seed,
@@ -144,8 +143,9 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
         model=context.model_params(context.inputs.policy),
         answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts],
     )
+    seen = without_thinking if context.config.sampling.strip_thinking else str
     return [
-        Response(name, prompt_id, text, tuple(ids), "eos" if done else "length", source)
+        Response(name, prompt_id, seen(text), tuple(ids), "eos" if done else "length", source)
         for (prompt_id, name, text, source, done), ids in zip(texts, encoded["ids"], strict=True)
     ]
 
