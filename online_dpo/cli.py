@@ -208,19 +208,22 @@ def validate(config: ConfigArgument, overrides: SetOption = None) -> None:
     from online_dpo.preflight import check_config
 
     loaded = load_config(config, overrides or ())
-    check_config(loaded.config)
+    checked = check_config(loaded.config)
     typer.echo(f"{loaded.source} is valid.")
+    if checked.here:
+        typer.echo(f"It cannot run here: {checked.here}")
 
 
 @app.command()
 def plan(config: ConfigArgument, overrides: SetOption = None) -> None:
     """What a config would do: rounds, samples, judge calls, sizes."""
     from online_dpo.config_file import load_config
-    from online_dpo.preflight import check_config, describe
+    from online_dpo.preflight import check_config
 
-    loaded = load_config(config, overrides or ())
-    check_config(loaded.config)
-    typer.echo(describe(loaded.config))
+    planned = check_config(load_config(config, overrides or ()).config)
+    typer.echo(planned.text)
+    if planned.here:
+        typer.echo(f"It cannot run here: {planned.here}")
 
 
 @app.command()
