@@ -61,6 +61,8 @@ def _given(origin: RoundDir) -> ModelRef:
 
 def _commit_model(context: Context) -> None:
     config = context.config.model
+    what = f"the model {config.path}" if config.path else "a new model, by model.init"
+    context.progress.note(f"policy 0 comes from {what}")
     with context.round.commit("model", inputs={}) as draft:
         if config.init is not None:
             assert context.config.sft is not None
@@ -85,7 +87,10 @@ def _commit_prompts(context: Context) -> None:
     eval_length = context.config.evaluation.max_new_tokens or length
     if config.holdout:  # which of them are held out is decided later
         length = max(length, eval_length)
-    with context.round.commit("prompts", inputs={"model": model.sha256}) as draft:
+    with (
+        context.progress.stage("prompts", total=0, unit="prompts") as bar,
+        context.round.commit("prompts", inputs={"model": model.sha256}) as draft,
+    ):
         context.crew.trainer().call(
             "tokenize_prompts",
             model=str(context.folder(model)),
@@ -102,6 +107,7 @@ def _commit_prompts(context: Context) -> None:
         rows = _hold_out(read_table(table), config.holdout, context.config.campaign.seed)
         write_table(table, "prompts", rows)
         draft.rows = len(rows)
+        bar.set(len(rows), total=len(rows))
         problems = (draft.path / "problems.jsonl").read_text().splitlines()
     _report_problems(context, problems)
 

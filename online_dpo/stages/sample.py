@@ -10,6 +10,7 @@ from typing import Any
 from online_dpo.answers import buy_answers
 from online_dpo.calls import Limits
 from online_dpo.ledger import LEDGER
+from online_dpo.progress import Bar
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
@@ -25,7 +26,7 @@ def sample(context: Context) -> Iterator[str]:
     with context.progress.stage("sample", total=total, unit="prompts") as bar:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
-                listener = _listener(bar, done, context.config.sampling.n)
+                listener = progress_listener(bar, done, context.config.sampling.n)
                 _sample_shard(context, name, prompt_ids, listener)
             done += len(prompt_ids)
             bar.set(done)
@@ -159,7 +160,7 @@ def _add(table: Path, others: Sequence[Response], prompt_ids: Sequence[str]) -> 
     write_table(table, "samples", sorted(rows, key=lambda row: place[row["prompt_id"]]))
 
 
-def _listener(bar: Any, base: int, num_responses: int) -> Callable[[dict[str, Any]], None]:
+def progress_listener(bar: Bar, base: int, num_responses: int) -> Callable[[dict[str, Any]], None]:
     """Moves the stage's bar, which counts prompts, by the responses a worker reports."""
 
     def listen(event: dict[str, Any]) -> None:
