@@ -95,11 +95,18 @@ class Campaign:
     def pairs(self, round: int | None = None) -> Dataset:
         """The preferences of a round, or of all, as a `datasets.Dataset`: prompt, chosen, rejected.
 
-        Prompts that were messages stay messages, and so do their responses.
+        Prompts that were messages stay messages, and so do their responses. Raises ConfigError
+        where there are prompts of both forms, which no column can hold.
         """
         from datasets import Dataset
 
-        return Dataset.from_list(preference_rows(self._run, round))
+        rows = preference_rows(self._run, round)
+        if len({isinstance(row["prompt"], str) for row in rows}) > 1:
+            raise ConfigError(
+                f"{self.path} has prompts of plain text and prompts of messages; a dataset holds "
+                "one form. `online-dpo export` writes a table of each."
+            )
+        return Dataset.from_list(rows)
 
     def policy(self, round: int | None = None) -> Path:
         """The folder of a round's policy, of the last finished one without a number.
