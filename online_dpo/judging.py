@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
@@ -68,8 +68,10 @@ class Labeller:
         on_event: OnEvent,
         log: Path | None = None,
         section: str = "judge",
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        """`section` is where the config stands in the campaign's, for messages.
+        """`section` is where the config stands in the campaign's, for messages; `env` is added to
+        the environment of a judge's own process.
 
         Raises ConfigError where the judge cannot be imported or made, or its settings clash.
         """
@@ -79,6 +81,7 @@ class Labeller:
         self._on_event = on_event
         self._base = base
         self._ledger_path = ledger_path
+        self._env = dict(env or {})
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
@@ -199,7 +202,8 @@ class Labeller:
                 self._take(make_form(name, options, base), mode)
                 return
         # A user's module is imported in a process of its own first: it may load torch, or hang.
-        process = JudgeProcess(name, options, base, run=self._ledger_path.parent, log=self._log)
+        run = self._ledger_path.parent
+        process = JudgeProcess(name, options, base, run=run, log=self._log, env=self._env)
         try:
             found = process.describe()
         except BaseException:
@@ -256,7 +260,7 @@ class Labeller:
 
 class _Progress:
     """Tells how far labelling has come: in events, every ten seconds and once at the end, and to
-    who watches, twice a second.
+    whoever watches, twice a second.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from itertools import takewhile
 from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
+from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
@@ -155,6 +156,7 @@ class Loop:
             seed=self._config.campaign.seed,
             round=number,
             on_event=lambda event: self._folder.event("judge", **event),
+            env=hiding_gpus(self._config.compute.device),
             section="evaluation.judge" if evaluation and self._config.evaluation.judge else "judge",
         )
         self._judges.append((config, labeller))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from online_dpo.clashes import of_judge, with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
+from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError
 from online_dpo.judge_forms import Mode, is_built_in, kind_of, make_form, mode_of
 from online_dpo.judge_worker import JudgeProcess
@@ -48,9 +49,10 @@ def check_config(config: Config) -> Plan:
         if path.endswith((".jsonl", ".parquet", ".json")):
             find_data(path)
     find_selector(config.pairs.selector)
-    judges = [_checked_judge(config.judge, "judge")]
+    env = hiding_gpus(config.compute.device)
+    judges = [_checked_judge(config.judge, "judge", env)]
     if config.evaluation.judge is not None:
-        judges.append(_checked_judge(config.evaluation.judge, "evaluation.judge"))
+        judges.append(_checked_judge(config.evaluation.judge, "evaluation.judge", env))
     pays = any(judge.mode == "async" for judge in judges)
     _refuse(with_judges(config, pays, judges[0].compares))
     runs_on, here = _machine(config)
@@ -97,7 +99,9 @@ def _describe(config: Config, compares: bool, runs_on: str) -> str:
 
 def _num_questions(config: Config, compares: bool) -> str:
     """How often labelling asks the judge in a round at most; a vote and an order count each."""
-    judge, prompts, n = config.judge, config.campaign.prompts_per_round, config.sampling.n
+    judge, prompts = config.judge, config.campaign.prompts_per_round
+    n = config.sampling.n + any(source.answer_field for source in config.prompts.train)
+    n += config.sampling.also.n if config.sampling.also is not None else 0
     if not compares:
         return f"{prompts * n * judge.votes} scores"
     pairs = (
@@ -129,9 +133,9 @@ def _tables(config: Config) -> list[str]:
     return paths
 
 
-def _checked_judge(judge: JudgeConfig, section: str) -> _Judge:
+def _checked_judge(judge: JudgeConfig, section: str, env: Mapping[str, str]) -> _Judge:
     """Make the judge, as far as that loads no model, and try its settings on it."""
-    found = _built_in(judge) if is_built_in(judge.name) else _of_ones_own(judge)
+    found = _built_in(judge) if is_built_in(judge.name) else _of_ones_own(judge, env)
     _refuse(
         of_judge(
             judge,
@@ -157,10 +161,11 @@ def _built_in(judge: JudgeConfig) -> _Judge:
     return _Judge(kind_of(target, judge.name) == "compare", "worker")
 
 
-def _of_ones_own(judge: JudgeConfig) -> _Judge:
+def _of_ones_own(judge: JudgeConfig, env: Mapping[str, str]) -> _Judge:
     with tempfile.TemporaryDirectory(prefix="online-dpo-") as folder:
         run = Path(folder)
-        process = JudgeProcess(judge.name, judge.options, None, run=run, log=run / "judge.log")
+        log = run / "judge.log"
+        process = JudgeProcess(judge.name, judge.options, None, run=run, log=log, env=env)
         try:
             found = process.describe()
         finally:

@@ -10,7 +10,10 @@ import pytest
 from online_dpo.config import Config
 from online_dpo.config_file import config_from_dict, load_config
 from online_dpo.errors import ConfigError
+from online_dpo.loop import Loop
 from online_dpo.preflight import check_config
+from online_dpo.progress import SilentProgress
+from online_dpo.store import RunDir
 
 CASES = Path(__file__).parent / "judge_cases.py"
 LLM = {"name": "llm_pairwise", "options": {"model": "m", "base_url": "http://localhost:1/v1"}}
@@ -47,6 +50,9 @@ def test_questions_are_counted_by_what_the_judge_does() -> None:
     assert "at most 120 comparisons a round" in check_config(config(llm)).text  # 10 x 2 x 2 x 3
     one = {**LLM, "orders": "one"}
     assert "at most 280 comparisons a round" in check_config(config(one)).text  # 10 x (8 over 2)
+    also = {"url": "http://localhost:1/v1", "model": "m", "n": 2}
+    more = check_config(config(llm, sampling={"n": 2, "also": also})).text
+    assert "at most 120 comparisons a round" in more  # of 4 candidates
     answers = {"name": "final_answer", "votes": 2}
     assert "at most 160 scores a round" in check_config(config(answers)).text
 
@@ -80,3 +86,16 @@ def test_a_judge_of_ones_own_is_imported_and_made() -> None:
     assert "scores a round" in check_config(config({"name": f"{CASES}:length"})).text
     with pytest.raises(ConfigError, match="OSError: the weights are gone"):
         check_config(config({"name": f"{CASES}:CannotBeMade"}))
+
+
+def test_a_judges_process_sees_no_gpu_where_the_device_is_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    judge = {"name": f"{CASES}:NeedsTheCpu"}
+    with pytest.raises(ConfigError, match="GPUs are in sight"):
+        check_config(config(judge))
+    on_cpu = config(judge, compute={"device": "cpu"})
+    check_config(on_cpu)
+    with Loop(RunDir(tmp_path), on_cpu, SilentProgress()) as loop:
+        loop.prepare()
