@@ -61,8 +61,8 @@ class LLMPairwise:
     ) -> None:
         """Raises ConfigError where the template or the price cannot be used."""
         self._model = model
-        self._base_url = base_url
-        self._api_key_env = api_key_env
+        self.base_url = base_url
+        self.api_key_env = api_key_env
         self._template = _load(template)
         self._temperature = temperature
         self._max_tokens = max_tokens
@@ -137,8 +137,8 @@ class LLMPairwise:
             temperature=self._temperature,
             response_format=RESPONSE_FORMAT if structured else None,
             extra_body=self._extra_body,
-            base_url=self._base_url,
-            api_key_env=self._api_key_env,
+            base_url=self.base_url,
+            api_key_env=self.api_key_env,
         )
 
 

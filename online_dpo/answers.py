@@ -12,7 +12,7 @@ from online_dpo.calls import CallContext, Door, Limits
 from online_dpo.chat import ChatReply, ChatRequest, Estimate
 from online_dpo.config import AnswerSource
 from online_dpo.errors import CampaignError, EngineError, JudgeError
-from online_dpo.records import Message, Prompt
+from online_dpo.records import Message, Prompt, SamplingParams
 
 _CONCURRENCY = 16
 _TIMEOUT_S = 120.0
@@ -33,15 +33,16 @@ def buy_answers(
     prompts: Sequence[Prompt],
     source: AnswerSource,
     *,
-    max_tokens: int,
-    temperature: float,
+    params: SamplingParams,
     limits: Limits,
     ledger_path: Path,
     seed: int,
     round_number: int,
     on_event: Callable[[dict[str, Any]], None],
 ) -> list[Answer]:
-    """`source.n` answers for each prompt, in the order of the prompts.
+    """`source.n` answers for each prompt, in the order of the prompts, drawn as `params` say.
+
+    top_k is the policy's alone: the API does not have it.
 
     Answers that the ledger holds are not bought again. Raises EngineError where the server gives
     none; what was bought before is kept.
@@ -59,7 +60,7 @@ def buy_answers(
     )
 
     async def ask(prompt: Prompt, index: int) -> Answer:
-        request = _request(prompt, source, max_tokens, temperature)
+        request = _request(prompt, source, params)
         context = CallContext(prompt.id, (), False, index, "also", round_number)
         estimate = Estimate.at_most(request, source.price_per_million)
         reply = await door.complete(request, estimate, context)
@@ -82,15 +83,16 @@ def buy_answers(
         raise EngineError(f"sampling.also: {source.model} at {source.url}: {first}") from first
 
 
-def _request(
-    prompt: Prompt, source: AnswerSource, max_tokens: int, temperature: float
-) -> ChatRequest:
+def _request(prompt: Prompt, source: AnswerSource, params: SamplingParams) -> ChatRequest:
     messages = prompt.messages or (Message("user", prompt.text or ""),)
+    further: dict[str, Any] = {} if params.top_p == 1.0 else {"top_p": params.top_p}
+    further |= {"stop": list(params.stop)} if params.stop else {}
     return ChatRequest(
         model=source.model,
         messages=messages,
-        max_tokens=max_tokens,
-        temperature=temperature,
+        max_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        extra_body=further or None,
         base_url=source.url,
         api_key_env=source.api_key_env,
     )

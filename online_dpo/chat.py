@@ -107,3 +107,11 @@ class RequestRefused(JudgeError):
     def __init__(self, message: str, *, code: str | None) -> None:
         super().__init__(message)
         self.code = code
+
+
+def missing_key(name: str) -> str:
+    """What to say where an API's key is needed and the environment has none."""
+    return (
+        f"The environment variable {name} is not set; the judge's API needs a key. Set it, or name "
+        "another variable in judge.options.api_key_env."
+    )

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Multi-round online and iterative DPO: sample, judge, pair, train, evaluate, promote.",
 )
 
 ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or a shipped config's name.")]
@@ -37,6 +37,24 @@ TrustOption = Annotated[
     list[str] | None, typer.Option("--trust", help="Code the config names: FIELD=VALUE")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"online-dpo {version('online-dpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Multi-round online and iterative DPO: sample, judge, pair, train, evaluate, promote."""
 
 
 def main() -> None:
@@ -190,19 +208,22 @@ def validate(config: ConfigArgument, overrides: SetOption = None) -> None:
     from online_dpo.preflight import check_config
 
     loaded = load_config(config, overrides or ())
-    check_config(loaded.config)
+    checked = check_config(loaded.config)
     typer.echo(f"{loaded.source} is valid.")
+    if checked.here:
+        typer.echo(f"It cannot run here: {checked.here}")
 
 
 @app.command()
 def plan(config: ConfigArgument, overrides: SetOption = None) -> None:
     """What a config would do: rounds, samples, judge calls, sizes."""
     from online_dpo.config_file import load_config
-    from online_dpo.preflight import check_config, describe
+    from online_dpo.preflight import check_config
 
-    loaded = load_config(config, overrides or ())
-    check_config(loaded.config)
-    typer.echo(describe(loaded.config))
+    planned = check_config(load_config(config, overrides or ()).config)
+    typer.echo(planned.text)
+    if planned.here:
+        typer.echo(f"It cannot run here: {planned.here}")
 
 
 @app.command()

@@ -138,7 +138,8 @@ class PromptsConfig(Section):
     """Prompts taken from the training sets for evaluation, by seed, where `eval` is empty."""
     max_tokens: Count = 1024
     """Longest prompt in tokens; longer ones, and those that leave the model no room for
-    sampling.max_new_tokens, are reported and skipped."""
+    sampling.max_new_tokens (evaluation.max_new_tokens where they are or may come to be held out),
+    are reported and skipped."""
 
 
 class SftConfig(Section):
@@ -174,7 +175,11 @@ class Endpoint(Section):
 
 
 class AnswerSource(Section):
-    """A second, usually stronger model whose answers join the candidates."""
+    """A second, usually stronger model whose answers join the candidates.
+
+    They are drawn with sampling's temperature, top_p, stop and max_new_tokens; top_k, which the API
+    does not have, is the policy's alone.
+    """
 
     url: str
     """Base URL of an OpenAI-compatible API."""
@@ -540,7 +545,7 @@ class ComputeConfig(Section):
     """Where the work runs."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where torch finds a GPU."""
+    """auto: cuda where torch finds a GPU; cpu: no worker or judge process sees a GPU."""
     workers: Literal["auto", "inline", "processes"] = "auto"
     """inline: sampler and trainer share one process; auto: inline on CPU without vLLM."""
     layout: Literal["colocated", "separate", "exit"] = "colocated"

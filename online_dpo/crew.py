@@ -33,6 +33,7 @@ class Crew:
         problem = next(on_machine(config, sampler=self.sampler_kind, gpus=gpus), None)
         if problem is not None:
             raise ConfigError(f"{problem}.")
+        _check_keys(config)
         self.inline = _is_inline(config, gpu=self.gpu, sampler=self.sampler_kind)
         self._sampler: Worker | None = None
         self._trainer: Worker | None = None
@@ -236,6 +237,17 @@ def _uses_gpu(config: Config) -> bool:
     if wanted == "cuda" and not visible_gpus():
         raise ConfigError("compute.device is cuda, but no NVIDIA GPU is visible.")
     return wanted == "cuda" or (wanted == "auto" and bool(visible_gpus()))
+
+
+def _check_keys(config: Config) -> None:
+    """Endpoints that ask for a key must have it before anything is done for them."""
+    for index, endpoint in enumerate(config.sampling.endpoints):
+        name = endpoint.api_key_env
+        if name is not None and not os.environ.get(name):
+            raise ConfigError(
+                f"The environment variable {name} is not set; it holds the key of {endpoint.url} "
+                f"(sampling.endpoints.{index}.api_key_env)."
+            )
 
 
 def _is_inline(config: Config, *, gpu: bool, sampler: str) -> bool:

@@ -21,3 +21,8 @@ def visible_gpus() -> tuple[str, ...]:
         return ()
     count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
     return tuple(str(index) for index in range(count))
+
+
+def hiding_gpus(device: str) -> dict[str, str]:
+    """What compute.device adds to a process's environment: "cpu" hides the GPUs."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}

@@ -28,7 +28,7 @@ class Form:
         self.name = name
         self.judge = judge
         self.function = not any(callable(getattr(judge, method, None)) for method in _METHODS)
-        self.kind = _function_kind(judge, name) if self.function else _method_kind(judge, name)
+        self.kind = _function_kind(judge, name) if self.function else kind_of(judge, name)
         self.mode = mode_of(judge)
         self._ask: Callable[..., Any] = judge if self.function else getattr(judge, self.kind)
         self._takes_calls = _takes_calls(self._ask)
@@ -124,7 +124,8 @@ def judge_error(name: str, question: Question, error: Exception) -> Exception:
     return JudgeError(f"The judge {name!r} failed on prompt {question.prompt.id!r}: {cause}")
 
 
-def _method_kind(judge: Any, name: str) -> Kind:
+def kind_of(judge: Any, name: str) -> Kind:
+    """What a judge, or a class of judges, does. Raises ConfigError where it does not say."""
     kinds = [method for method in _METHODS if callable(getattr(judge, method, None))]
     stated = getattr(judge, "kind", None)
     if stated in kinds:

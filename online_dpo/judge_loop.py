@@ -47,8 +47,11 @@ class LoopAsker:
             on_event=self._items.put,
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
-        self._thread.start()
+        # Waited for instead of the thread: a signal that interrupts Thread.join makes CPython
+        # before 3.13 take a thread that still runs for ended.
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, name="judge", daemon=True).start()
+        self._ending: Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._beat = 0.0
 
@@ -89,12 +92,18 @@ class LoopAsker:
 
     def close(self) -> None:
         """Close connections and the ledger and end the thread, if it can still be ended."""
-        if not self._thread.is_alive():
+        if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        self._thread.join(timeout=CLOSE_TIMEOUT_S)
-        if not self._thread.is_alive():
+        if self._ending is None:
+            self._ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        if self._ended.wait(timeout=CLOSE_TIMEOUT_S):
             self._loop.close()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._ended.set()
 
     async def _end(self) -> None:
         if self._task is not None:

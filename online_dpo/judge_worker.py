@@ -81,7 +81,14 @@ class JudgeProcess:
     """The worker process of one judge, started when first asked and again after it was killed."""
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], base: Path | None, *, run: Path, log: Path
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        base: Path | None,
+        *,
+        run: Path,
+        log: Path,
+        env: Mapping[str, str],
     ) -> None:
         settings = {
             "name": name,
@@ -90,7 +97,7 @@ class JudgeProcess:
         }
         self._name = name
         self._worker = ChildWorker(
-            "judge", "online_dpo.judge_worker:JudgeHandler", settings, run=run, log=log
+            "judge", "online_dpo.judge_worker:JudgeHandler", settings, run=run, log=log, env=env
         )
 
     def describe(self) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from online_dpo import plugins
 from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
@@ -19,6 +21,7 @@ from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
@@ -38,6 +41,12 @@ from online_dpo.verdicts import (
 from online_dpo.verdicts import Labels as Labels
 
 PROGRESS_EVERY_S = 10.0
+"""Between two events of how far labelling has come."""
+
+_SHOW_EVERY_S = 0.5
+
+OnShare = Callable[[float], None]
+"""Takes the share of the questions that is answered, now and then."""
 
 
 class Labeller:
@@ -59,8 +68,10 @@ class Labeller:
         on_event: OnEvent,
         log: Path | None = None,
         section: str = "judge",
+        env: Mapping[str, str] | None = None,
     ) -> None:
-        """`section` is where the config stands in the campaign's, for messages.
+        """`section` is where the config stands in the campaign's, for messages; `env` is added to
+        the environment of a judge's own process.
 
         Raises ConfigError where the judge cannot be imported or made, or its settings clash.
         """
@@ -70,6 +81,7 @@ class Labeller:
         self._on_event = on_event
         self._base = base
         self._ledger_path = ledger_path
+        self._env = dict(env or {})
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
@@ -92,11 +104,15 @@ class Labeller:
         return {"name": self.config.name, "version": self._version}
 
     def label(
-        self, items: Sequence[tuple[Prompt, Sequence[Response]]], *, purpose: str
+        self,
+        items: Sequence[tuple[Prompt, Sequence[Response]]],
+        *,
+        purpose: str,
+        on_share: OnShare | None = None,
     ) -> list[Labels]:
         """One Labels for each prompt, in the order of the items."""
         if self.kind == "score":
-            scores = self.score(items, purpose=purpose)
+            scores = self.score(items, purpose=purpose, on_share=on_share)
             return [
                 Labels(prompt.id, scores=given)
                 for (prompt, _), given in zip(items, scores, strict=True)
@@ -112,14 +128,18 @@ class Labeller:
             for (prompt, _), chosen in zip(items, drawn, strict=True)
             for first, second in chosen
         ]
-        comparisons = iter(self.compare_pairs(pairs, purpose=purpose))
+        comparisons = iter(self.compare_pairs(pairs, purpose=purpose, on_share=on_share))
         return [
             Labels(prompt.id, comparisons=tuple(islice(comparisons, len(chosen))))
             for (prompt, _), chosen in zip(items, drawn, strict=True)
         ]
 
     def score(
-        self, items: Sequence[tuple[Prompt, Sequence[Response]]], *, purpose: str
+        self,
+        items: Sequence[tuple[Prompt, Sequence[Response]]],
+        *,
+        purpose: str,
+        on_share: OnShare | None = None,
     ) -> list[tuple[Score, ...]]:
         """The scores of each prompt's responses, aligned with them. Only where kind is "score"."""
         assert self.kind == "score", f"{self.config.name} compares, it does not score"
@@ -129,14 +149,18 @@ class Labeller:
             for prompt, responses in items
             for vote in range(votes)
         ]
-        answers = [_as_scores(answer) for answer in self._ask(questions, purpose)]
+        answers = [_as_scores(answer) for answer in self._ask(questions, purpose, on_share)]
         return [
             combine_scores(answers[start : start + votes])
             for start in range(0, len(answers), votes)
         ]
 
     def compare_pairs(
-        self, pairs: Sequence[tuple[Prompt, Response, Response]], *, purpose: str
+        self,
+        pairs: Sequence[tuple[Prompt, Response, Response]],
+        *,
+        purpose: str,
+        on_share: OnShare | None = None,
     ) -> list[Comparison]:
         """One Comparison for each pair, in their order. Only where kind is "compare"."""
         assert self.kind == "compare", f"{self.config.name} scores, it does not compare"
@@ -153,7 +177,7 @@ class Labeller:
             for prompt, first, second in pairs
         ]
         questions = [question for group in asked for question in group]
-        answers = iter(_as_verdict(answer) for answer in self._ask(questions, purpose))
+        answers = iter(_as_verdict(answer) for answer in self._ask(questions, purpose, on_share))
         return [
             combine_verdicts(
                 prompt, first, second, [(question, next(answers)) for question in group]
@@ -178,7 +202,8 @@ class Labeller:
                 self._take(make_form(name, options, base), mode)
                 return
         # A user's module is imported in a process of its own first: it may load torch, or hang.
-        process = JudgeProcess(name, options, base, run=self._ledger_path.parent, log=self._log)
+        run = self._ledger_path.parent
+        process = JudgeProcess(name, options, base, run=run, log=self._log, env=self._env)
         try:
             found = process.describe()
         except BaseException:
@@ -198,11 +223,14 @@ class Labeller:
         if mode == "inline":
             self._asker = InlineAsker(form)
         else:
+            _check_key(form.judge)
             self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
 
-    def _ask(self, questions: Sequence[Question], purpose: str) -> list[Answer]:
+    def _ask(
+        self, questions: Sequence[Question], purpose: str, on_share: OnShare | None
+    ) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(questions)
-        progress = _Progress(self.config.name, purpose, len(questions), self._on_event)
+        progress = _Progress(self.config.name, purpose, len(questions), self._on_event, on_share)
         try:
             if self._cancelled.is_set():
                 raise CancelledError("labelling was cancelled")
@@ -231,14 +259,24 @@ class Labeller:
 
 
 class _Progress:
-    """Tells how far labelling has come, every ten seconds and once at the end."""
+    """Tells how far labelling has come: in events, every ten seconds and once at the end, and to
+    whoever watches, twice a second.
+    """
 
-    def __init__(self, judge: str, purpose: str, total: int, on_event: OnEvent) -> None:
-        self._facts = {"judge": judge, "purpose": purpose, "total": total}
+    def __init__(
+        self,
+        judge: str,
+        purpose: str,
+        total: int,
+        on_event: OnEvent,
+        on_share: OnShare | None,
+    ) -> None:
+        self._facts: dict[str, Any] = {"judge": judge, "purpose": purpose, "total": total}
         self._on_event = on_event
+        self._on_share = on_share
         self._done = 0
         self._invalid: Counter[str] = Counter()
-        self._last = time.monotonic()
+        self._last = self._shown = time.monotonic()
 
     def count(self, answer: Answer) -> None:
         self._done += 1
@@ -246,8 +284,12 @@ class _Progress:
             value = judgement.value if isinstance(judgement, Score) else judgement.p
             if value is None:
                 self._invalid[judgement.reason or ""] += 1
-        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
-            self._last = time.monotonic()
+        now = time.monotonic()
+        if self._on_share is not None and now - self._shown >= _SHOW_EVERY_S:
+            self._shown = now
+            self._on_share(self._done / self._facts["total"])
+        if now - self._last >= PROGRESS_EVERY_S:
+            self._last = now
             self._emit("judging")
 
     def finish(self) -> None:
@@ -256,6 +298,16 @@ class _Progress:
     def _emit(self, event: str) -> None:
         invalid = dict(sorted(self._invalid.items()))
         self._on_event({"event": event, **self._facts, "done": self._done, "invalid": invalid})
+
+
+def _check_key(judge: Any) -> None:
+    """Ask for an API's key before anything is sampled for it, where a judge says what it needs.
+
+    Raises ConfigError. A server of one's own (`base_url`) may do without.
+    """
+    name = getattr(judge, "api_key_env", None)
+    if name is not None and getattr(judge, "base_url", None) is None and not os.environ.get(name):
+        raise ConfigError(missing_key(name))
 
 
 def _as_scores(answer: Answer) -> tuple[Score, ...]:

@@ -45,10 +45,12 @@ class Ledger:
         """
         self.path = path
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        # Waited for instead of the thread: a signal that interrupts Thread.join makes CPython
+        # before 3.13 take a thread that still runs for ended.
+        self._ended = threading.Event()
         ready: Future[None] = Future()
         self._ready = ready
-        self._thread.start()
+        threading.Thread(target=self._run, name="ledger", daemon=True).start()
         ready.result()
 
     def settled(self, key: str) -> Future[Entry | None]:
@@ -89,14 +91,20 @@ class Ledger:
 
     def close(self) -> None:
         """Commit what is queued and close. Safe to repeat."""
-        if self._thread.is_alive():
+        if not self._ended.is_set():
             self._jobs.put(None)
-            self._thread.join()
+            self._ended.wait()
 
     def _submit(self, run: Callable[[sqlite3.Connection], T]) -> Future[T]:
         job = _Job(run)
         self._jobs.put(job)
         return job.future
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        finally:
+            self._ended.set()
 
     def _write(self) -> None:
         """The writer thread: take what has queued up, commit it once, tell everyone."""

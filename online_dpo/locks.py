@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import time
 from pathlib import Path
@@ -15,8 +16,6 @@ from online_dpo.errors import LockedError
 
 LOCK = "lock"
 WORKERS_LOCK = "workers.lock"
-PATIENCE_S = 1.0
-"""How long a start tries for the lock, which `holder` takes for an instant."""
 
 
 class RunLock:
@@ -31,13 +30,13 @@ class RunLock:
             raise
 
     def _acquire(self, run: Path, workers_timeout_s: float) -> None:
-        deadline = time.monotonic() + PATIENCE_S
         while not _try_lock(self._file, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise LockedError(
-                    f"{run} is in use{_holder(run)}.", remedy=f"online-dpo status {run}"
-                )
-            time.sleep(0.02)
+            if not _try_lock(self._file, fcntl.LOCK_SH):
+                status = f"online-dpo status {shlex.quote(str(run))}"
+                raise LockedError(f"{run} is in use{_holder(run)}.", remedy=status)
+            # Shared, so nobody holds it: somebody looks (`holder`), which takes it for an instant.
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            time.sleep(0.01)
         _await_workers(run, workers_timeout_s)
         self._file.truncate(0)
         self._file.write(

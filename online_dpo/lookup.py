@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from online_dpo.errors import ConfigError
-from online_dpo.files import read_json
 from online_dpo.records import Prompt
 from online_dpo.stages.context import read_prompts
 from online_dpo.store import RoundDir, RunDir
@@ -95,15 +93,6 @@ def spread(length: int, count: int) -> list[int]:
     if count == 1:
         return [0]
     return [round(k * (length - 1) / (count - 1)) for k in range(count)]
-
-
-def invalid_verdicts(run_dir: Path, number: int) -> dict[str, int]:
-    """Why verdicts of a round are none, with counts."""
-    round_dir = RunDir(run_dir).round(number)
-    reasons: Counter[str] = Counter()
-    for name in round_dir.children("labels"):
-        reasons.update(read_json(round_dir.path / name / "metrics.json")["invalid"])
-    return {reason: count for reason, count in reasons.most_common() if count}
 
 
 def _with_pairs(run: RunDir) -> list[RoundDir]:

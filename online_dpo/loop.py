@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from itertools import takewhile
 from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
+from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
@@ -44,9 +46,10 @@ class Loop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for _, judge in self._judges:
-            judge.close()
-        self._crew.close()
+        with contextlib.ExitStack() as ends:  # a signal in the midst of one ends the others too
+            ends.callback(self._crew.close)
+            for _, judge in self._judges:
+                ends.callback(judge.close)
 
     def prepare(self) -> None:
         """Make the judges and find the selector, before anything is written or paid for.
@@ -153,6 +156,7 @@ class Loop:
             seed=self._config.campaign.seed,
             round=number,
             on_event=lambda event: self._folder.event("judge", **event),
+            env=hiding_gpus(self._config.compute.device),
             section="evaluation.judge" if evaluation and self._config.evaluation.judge else "judge",
         )
         self._judges.append((config, labeller))

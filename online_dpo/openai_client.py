@@ -12,7 +12,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
-from online_dpo.chat import CallFault, ChatReply, ChatRequest
+from online_dpo.chat import CallFault, ChatReply, ChatRequest, missing_key
 from online_dpo.errors import ConfigError
 
 NO_KEY = "none"
@@ -26,10 +26,7 @@ class OpenAIChat:
         """Raises ConfigError where a key is needed and the environment has none."""
         key = os.environ.get(api_key_env)
         if not key and base_url is None:
-            raise ConfigError(
-                f"The environment variable {api_key_env} is not set; the judge's API needs a key. "
-                "Set it, or name another variable in judge.options.api_key_env."
-            )
+            raise ConfigError(missing_key(api_key_env))
         self._own = base_url is None
         self._key_hint = "" if key else f" (the environment variable {api_key_env} is not set)"
         # Retries are the caller's: the client's own would try an exhausted quota again.

@@ -4,56 +4,110 @@ from __future__ import annotations
 
 import inspect
 import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from online_dpo.clashes import of_judge, with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
+from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError
+from online_dpo.judge_forms import Mode, is_built_in, kind_of, make_form, mode_of
+from online_dpo.judge_worker import JudgeProcess
 from online_dpo.loss_rules import describe_loss
-from online_dpo.plugins import instantiate, names_code, resolve
+from online_dpo.plugins import resolve
 from online_dpo.resources import find_data
 from online_dpo.stages.pair import find_selector
 
 
-def check_config(config: Config) -> None:
-    """Resolve all that the config names: files, judge, selector, sampler, devices.
+@dataclass(frozen=True)
+class Plan:
+    """What a config would do, and why it cannot on this machine ("" where it can)."""
 
-    Raises ConfigError for the first that cannot be used.
+    text: str
+    here: str
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What a judge turned out to be. `priced` is False where it knows no price for its calls."""
+
+    compares: bool
+    mode: Mode
+    priced: bool = True
+
+
+def check_config(config: Config) -> Plan:
+    """Resolve all that the config names and try what goes together, without loading a model.
+
+    A judge of the user's own is imported and made in a process of its own. Raises ConfigError for
+    the first fault that the config has wherever it runs.
     """
     for path in _tables(config):
         if path.endswith((".jsonl", ".parquet", ".json")):
             find_data(path)
-    for judge in {id(j): j for j in (config.judge, config.eval_judge)}.values():
-        _check_judge(judge)
     find_selector(config.pairs.selector)
+    env = hiding_gpus(config.compute.device)
+    judges = [_checked_judge(config.judge, "judge", env)]
+    if config.evaluation.judge is not None:
+        judges.append(_checked_judge(config.evaluation.judge, "evaluation.judge", env))
+    pays = any(judge.mode == "async" for judge in judges)
+    _refuse(with_judges(config, pays, judges[0].compares))
+    runs_on, here = _machine(config)
+    return Plan(_describe(config, judges[0].compares, runs_on), here)
 
 
-def describe(config: Config) -> str:
+def _refuse(problems: Iterator[str]) -> None:
+    if (problem := next(problems, None)) is not None:
+        raise ConfigError(f"{problem}.")
+
+
+def _machine(config: Config) -> tuple[str, str]:
+    """Where the work runs, and why it cannot here."""
+    try:
+        crew = Crew(config, run=Path())
+    except ConfigError as error:
+        return "another machine", error.message
+    processes = "one process" if crew.inline else "worker processes"
+    return f"{'GPU' if crew.gpu else 'CPU'}, sampler {crew.sampler_kind}, {processes}", ""
+
+
+def _describe(config: Config, compares: bool, runs_on: str) -> str:
     """Rounds, samples, labels and where they run, in a few lines."""
     campaign, sampling = config.campaign, config.sampling
-    prompts = campaign.prompts_per_round
-    samples = prompts * sampling.n
-    compared = math.comb(sampling.n, 2)
-    if config.judge.comparisons != "all":
-        compared = min(compared, config.judge.comparisons)
-    calls = prompts * compared * (2 if config.judge.orders == "both" else 1) * config.judge.votes
-    crew = Crew(config, run=_nowhere())
-    device = "GPU" if crew.gpu else "CPU"
+    samples = campaign.prompts_per_round * sampling.n
+    asked = _num_questions(config, compares)
+    every = config.evaluation.every
     return "\n".join(
         (
             f"rounds        {campaign.rounds}, reference: {_promotion(config)}",
-            f"a round       {prompts} prompts x {sampling.n} responses = {samples} samples of at "
-            f"most {sampling.max_new_tokens} tokens",
-            f"judge         {config.judge.name}; at most {samples} scores, or {calls} comparisons "
-            "a round where it is pairwise",
+            f"a round       {campaign.prompts_per_round} prompts x {sampling.n} responses = "
+            f"{samples} samples of at most {sampling.max_new_tokens} tokens",
+            f"judge         {config.judge.name}; at most {asked} a round",
             f"training      {describe_loss(config.train.loss)}, beta {config.train.beta}, "
             f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step"
             f"{_adapter(config)}",
-            f"runs on       {device}, sampler {crew.sampler_kind}, "
-            f"{'one process' if crew.inline else 'worker processes'}",
+            f"evaluation    {'every round' if every == 1 else f'every {every} rounds'}, by "
+            f"{config.eval_judge.name}",
+            f"runs on       {runs_on}",
             f"run directory {campaign.run_dir}",
         )
     )
+
+
+def _num_questions(config: Config, compares: bool) -> str:
+    """How often labelling asks the judge in a round at most; a vote and an order count each."""
+    judge, prompts = config.judge, config.campaign.prompts_per_round
+    n = config.sampling.n + any(source.answer_field for source in config.prompts.train)
+    n += config.sampling.also.n if config.sampling.also is not None else 0
+    if not compares:
+        return f"{prompts * n * judge.votes} scores"
+    pairs = (
+        math.comb(n, 2) if judge.comparisons == "all" else min(math.comb(n, 2), judge.comparisons)
+    )
+    return f"{prompts * pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
 
 
 def _adapter(config: Config) -> str:
@@ -61,10 +115,6 @@ def _adapter(config: Config) -> str:
     if lora is None:
         return ""
     return f", an adapter of rank {lora.rank}" + (" over 4 bits" if lora.quantization else "")
-
-
-def _nowhere() -> Path:
-    return Path()
 
 
 def _promotion(config: Config) -> str:
@@ -83,15 +133,41 @@ def _tables(config: Config) -> list[str]:
     return paths
 
 
-def _check_judge(judge: JudgeConfig) -> None:
-    """Resolve a judge and fit its options, without loading models or running a user's file."""
-    if names_code(judge.name):
-        return
+def _checked_judge(judge: JudgeConfig, section: str, env: Mapping[str, str]) -> _Judge:
+    """Make the judge, as far as that loads no model, and try its settings on it."""
+    found = _built_in(judge) if is_built_in(judge.name) else _of_ones_own(judge, env)
+    _refuse(
+        of_judge(
+            judge,
+            section=section,
+            compares=found.compares,
+            mode=found.mode,
+            priced=found.priced,
+        )
+    )
+    return found
+
+
+def _built_in(judge: JudgeConfig) -> _Judge:
     target = resolve(judge.name)
-    if inspect.isclass(target) and not getattr(target, "inline", False):
+    if mode_of(target) != "worker":
+        form = make_form(judge.name, judge.options, None)
+        priced = getattr(form.judge, "price", ()) is not None
+        return _Judge(form.kind == "compare", form.mode, priced)
+    try:
+        inspect.signature(target).bind(**judge.options)
+    except TypeError as error:
+        raise ConfigError(f"judge.options do not fit {judge.name!r}: {error}") from error
+    return _Judge(kind_of(target, judge.name) == "compare", "worker")
+
+
+def _of_ones_own(judge: JudgeConfig, env: Mapping[str, str]) -> _Judge:
+    with tempfile.TemporaryDirectory(prefix="online-dpo-") as folder:
+        run = Path(folder)
+        log = run / "judge.log"
+        process = JudgeProcess(judge.name, judge.options, None, run=run, log=log, env=env)
         try:
-            inspect.signature(target).bind(**judge.options)
-        except TypeError as error:
-            raise ConfigError(f"judge.options do not fit {judge.name!r}: {error}") from error
-        return
-    instantiate(target, judge.options, name=judge.name)
+            found = process.describe()
+        finally:
+            process.close()
+    return _Judge(found["kind"] == "compare", found["mode"])

@@ -23,7 +23,7 @@ from rich.progress import Progress as RichProgress
 class Bar(Protocol):
     """One stage's count of items."""
 
-    def advance(self, items: int = 1) -> None: ...
+    done: int
 
     def set(self, done: int, *, total: int | None = None) -> None:
         """`done` items are finished; `total` where it becomes known only now."""
@@ -55,9 +55,6 @@ def make_progress(*, quiet: bool = False) -> Progress:
 class _Count:
     def __init__(self) -> None:
         self.done = 0
-
-    def advance(self, items: int = 1) -> None:
-        self.done += items
 
     def set(self, done: int, *, total: int | None = None) -> None:
         self.done = done
@@ -118,9 +115,6 @@ class _PlainBar(_Count):
         self._start = self._next = time.monotonic()
         self._next += every_s
 
-    def advance(self, items: int = 1) -> None:
-        self.set(self.done + items)
-
     def set(self, done: int, *, total: int | None = None) -> None:
         super().set(done)
         self._total = total or self._total
@@ -180,9 +174,6 @@ class _LiveBar(_Count):
         self._rich = rich
         self._task = task
         self._start = time.monotonic()
-
-    def advance(self, items: int = 1) -> None:
-        self.set(self.done + items)
 
     def set(self, done: int, *, total: int | None = None) -> None:
         super().set(done)

@@ -20,6 +20,7 @@ from online_dpo.terminal_tables import (
     say,
     say_folded,
 )
+from online_dpo.trust import trust_flags
 from online_dpo.views import Campaign, RoundView, evaluated
 from online_dpo.visible import visible
 from online_dpo.wording import headline, number, remarks
@@ -39,7 +40,7 @@ def print_status(campaign: Campaign) -> None:
         return
     print_rounds(console, rounds)
     print_sources(console, rounds)
-    print_fates(console, rounds, campaign.path)
+    print_fates(console, rounds)
     print_times(console, rounds)
     _print_findings(console, rounds)
 
@@ -94,7 +95,7 @@ def _print_header(console: Console, campaign: Campaign, rounds: Sequence[RoundVi
         "now at": _unfinished(rounds, config.sampling.n),
         "policy": _model(policy),
         "reference": _model(reference),
-        "to go on": _command("resume", campaign.path) if state == "stopped" else "",
+        "to go on": _resume(campaign) if state == "stopped" else "",
     }
     for name, fact in facts.items():
         if fact:
@@ -170,7 +171,7 @@ def _print_next(console: Console, campaign: Campaign) -> None:
             f"{_command('export', path)} --out {out}": "the policy and all pairs",
         }
     else:
-        commands = {_command("resume", path): "go on"}
+        commands = {_resume(campaign): "go on"}
     say(console, "\nnext:", "bold")
     width = max(map(len, commands))
     for command, what in commands.items():
@@ -179,6 +180,10 @@ def _print_next(console: Console, campaign: Campaign) -> None:
 
 def _command(name: str, path: Path) -> str:
     return f"online-dpo {name} {shlex.quote(_shown_path(path))}"
+
+
+def _resume(campaign: Campaign) -> str:
+    return " ".join((_command("resume", campaign.path), *trust_flags(campaign.config)))
 
 
 def _shown_path(path: Path) -> str:

@@ -6,7 +6,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from online_dpo.lookup import invalid_verdicts
 from online_dpo.views import RoundView, evaluated, source_views
 from online_dpo.visible import visible
 from online_dpo.wording import (
@@ -101,7 +99,7 @@ def print_sources(console: Console, rounds: Sequence[RoundView]) -> None:
     _print_table(console, ["source", "prompts", *(c.title for c in shown)], rows)
 
 
-def print_fates(console: Console, rounds: Sequence[RoundView], run_dir: Path) -> None:
+def print_fates(console: Console, rounds: Sequence[RoundView]) -> None:
     """Counts by reason: what became of the responses of the latest rounds, and of all."""
     counted = [r for r in rounds if r.responses]
     if not counted:
@@ -119,7 +117,7 @@ def print_fates(console: Console, rounds: Sequence[RoundView], run_dir: Path) ->
     notes = [f"{fate.replace('_', ' ')}: {text}" for fate, text in FATES.items() if fate in fates]
     say_folded(console, "; ".join(notes) + ".", "dim")
     for view in counted[-RECENT:]:
-        for reason, count in invalid_verdicts(run_dir, view.round).items():
+        for reason, count in view.no_verdict.items():
             say(console, f"round {view.round}: {count} without a verdict: {reason}")
 
 

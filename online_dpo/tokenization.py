@@ -46,13 +46,21 @@ class Room:
     tokens: int
     set_by: str
     max_new_tokens: int
+    asked_by: str = "sampling.max_new_tokens"
+
+    def for_source(self, source: Mapping[str, Any]) -> Room:
+        """The room of a source that has a response's length of its own, "max_new_tokens"."""
+        if source.get("max_new_tokens", self.max_new_tokens) == self.max_new_tokens:
+            return self
+        length, asked_by = source["max_new_tokens"], "evaluation.max_new_tokens"
+        return replace(self, max_new_tokens=length, asked_by=asked_by)
 
     def lacking(self, num_tokens: int) -> str:
         """Why a prompt of so many tokens cannot be answered; "" where it can."""
         if num_tokens + self.max_new_tokens <= self.tokens:
             return ""
         return (
-            f"{num_tokens} tokens leave no room for sampling.max_new_tokens "
+            f"{num_tokens} tokens leave no room for {self.asked_by} "
             f"{self.max_new_tokens} in {self.set_by} {self.tokens}"
         )
 
@@ -103,8 +111,11 @@ def decode_response(
             ids = ids[len(ids) - ids[::-1].index(marker) :]
     text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     text = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
-    if not strip_thinking:
-        return text
+    return without_thinking(text) if strip_thinking else text
+
+
+def without_thinking(text: str) -> str:
+    """What follows the last `</think>`; nothing where thinking began and was cut off."""
     if END_OF_THINKING in text:
         text = text.rpartition(END_OF_THINKING)[2]
     elif text.lstrip().startswith("<think>"):
@@ -136,17 +147,18 @@ def prepare_prompts(
 ) -> tuple[list[SourcedPrompt], list[Problem]]:
     """Read, check and tokenize prompt sets; what cannot be used is skipped and reported.
 
-    A source has `path`, `name`, `split`, `prompt_field`, `answer_field`, `role` (train or eval) and
-    `weight`. Prompts of equal tokens are kept once, an evaluation prompt before a training prompt.
-    Raises ConfigError for a source that cannot be read or has no usable prompt, and for two of one
-    role and name.
+    A source has `path`, `name`, `split`, `prompt_field`, `answer_field`, `role` (train or eval),
+    `weight` and, where its responses have another length than the room's, `max_new_tokens`. Prompts
+    of equal tokens are kept once, an evaluation prompt before a training prompt. Raises ConfigError
+    for a source that cannot be read or has no usable prompt, and for two of one role and name.
     """
     _check_names(sources)
     seen: dict[tuple[int, ...], str] = {}
     by_source: dict[int, tuple[list[SourcedPrompt], list[Problem]]] = {}
     eval_first = sorted(range(len(sources)), key=lambda i: sources[i]["role"] != "eval")
     for index in eval_first:
-        by_source[index] = _prepare_source(tokenizer, sources[index], max_tokens, room, seen)
+        own = None if room is None else room.for_source(sources[index])
+        by_source[index] = _prepare_source(tokenizer, sources[index], max_tokens, own, seen)
     ordered = [by_source[index] for index in range(len(sources))]
     return [p for prompts, _ in ordered for p in prompts], [p for _, ps in ordered for p in ps]
 

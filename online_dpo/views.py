@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ class RoundView:
     pairs: int
     responses: dict[str, int]
     """Responses by fate."""
+    no_verdict: dict[str, int]
+    """Verdicts of the judge that are none, by reason."""
     policy: dict[str, str] | None
     reference: dict[str, str] | None
     promoted: bool | None
@@ -92,11 +95,18 @@ class Campaign:
     def pairs(self, round: int | None = None) -> Dataset:
         """The preferences of a round, or of all, as a `datasets.Dataset`: prompt, chosen, rejected.
 
-        Prompts that were messages stay messages, and so do their responses.
+        Prompts that were messages stay messages, and so do their responses. Raises ConfigError
+        where there are prompts of both forms, which no column can hold.
         """
         from datasets import Dataset
 
-        return Dataset.from_list(preference_rows(self._run, round))
+        rows = preference_rows(self._run, round)
+        if len({isinstance(row["prompt"], str) for row in rows}) > 1:
+            raise ConfigError(
+                f"{self.path} has prompts of plain text and prompts of messages; a dataset holds "
+                "one form. `online-dpo export` writes a table of each."
+            )
+        return Dataset.from_list(rows)
 
     def policy(self, round: int | None = None) -> Path:
         """The folder of a round's policy, of the last finished one without a number.
@@ -172,6 +182,7 @@ def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
         samples=sum(directory.manifest(name)["rows"] for name in shards),
         pairs=int(pairs.get("pairs", 0)),
         responses=dict(pairs.get("responses", {})),
+        no_verdict=_no_verdict(directory),
         policy=policy,
         reference=asdict(plan.reference) if plan else None,
         promoted=manifest.get("promoted"),
@@ -182,6 +193,14 @@ def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
         busy_s=timing.get("busy_s", {}),
         fixed_s=timing.get("fixed_s"),
     )
+
+
+def _no_verdict(directory: RoundDir) -> dict[str, int]:
+    """The most frequent reason first."""
+    reasons: Counter[str] = Counter()
+    for name in directory.children("labels"):
+        reasons.update(read_json(directory.path / name / "metrics.json")["invalid"])
+    return {reason: count for reason, count in reasons.most_common() if count}
 
 
 def _metrics(directory: RoundDir, name: str) -> dict[str, Any] | None:

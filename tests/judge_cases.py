@@ -98,6 +98,17 @@ class CannotBeMade:
         return []
 
 
+class NeedsTheCpu:
+    """Made only where no GPU can be seen."""
+
+    def __init__(self) -> None:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise OSError("GPUs are in sight")
+
+    def score(self, prompt: Prompt, responses: Sequence[Response]) -> list[float]:
+        return [0.0 for _ in responses]
+
+
 class Unrelated:
     """No judge at all."""
 

@@ -16,7 +16,7 @@ from tiny import digests, in_child, tiny_config
 
 from online_dpo.config import Config
 from online_dpo.config_file import config_from_dict, dump_yaml
-from online_dpo.crew import choose_sampler, trainer_launcher
+from online_dpo.crew import Crew, choose_sampler, trainer_launcher
 from online_dpo.errors import ConfigError
 from online_dpo.store import RunDir
 
@@ -55,6 +55,18 @@ def test_one_process_needs_no_launcher_and_several_take_accelerates(tmp_path: Pa
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
     options = dict(zip(command[4::2], command[5::2], strict=True))
     assert options["--num_processes"] == "4" and options["--main_process_port"] == "29512"
+
+
+def test_an_endpoints_key_is_asked_for_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = {"url": "http://localhost:1/v1", "api_key_env": "GPU1_KEY"}
+    sampling = {"sampler": "openai_server", "endpoints": [endpoint], "reload_command": "true"}
+    monkeypatch.delenv("GPU1_KEY", raising=False)
+    with pytest.raises(ConfigError, match="GPU1_KEY is not set.*endpoints.0.api_key_env"):
+        Crew(config(tmp_path, sampling=sampling), run=tmp_path)
+    monkeypatch.setenv("GPU1_KEY", "secret")
+    Crew(config(tmp_path, sampling=sampling), run=tmp_path)
 
 
 def run_it(config: dict[str, Any]) -> None:

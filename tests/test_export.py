@@ -76,6 +76,11 @@ def test_datasets_reads_the_preferences(tmp_path: Path, form: str) -> None:
         assert data["pair_id"] == [pair["pair_id"] for pair in pairs]
 
 
+def test_prompts_of_both_forms_make_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a dataset holds one form"):
+        Campaign(make_run(tmp_path, rounds=1, form="both")).pairs()
+
+
 def test_texts_and_messages_go_to_files_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path, form="both")
     written = export_campaign(Campaign(run), tmp_path / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     assert not HEAVY & loaded_by(f"import {module}")
+
+
+def test_the_version_is_the_packages() -> None:
+    command = [sys.executable, "-m", "online_dpo.cli", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"online-dpo {version('online-dpo')}\n"
 
 
 def test_public_names_resolve() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -318,6 +319,38 @@ def test_cancel_ends_a_blocked_label_soon(make: MakeLabeller, name: str) -> None
     assert isinstance(failures[0], CancelledError)
     with pytest.raises(CancelledError):
         labeller.label([(PROMPT, [response("a")])], purpose="label")
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+def test_a_signal_while_closing_loses_no_thread(make: MakeLabeller) -> None:
+    labeller = make("AsyncBlocks", timeout_s=60, orders="one")
+
+    def ask() -> None:
+        with contextlib.suppress(CancelledError):
+            labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        time.sleep(0.2)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(Interrupted):
+            labeller.close()
+        labeller.close()
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    asking.join(timeout=5)
+    for thread in threading.enumerate():
+        if thread.name in ("judge", "ledger"):
+            thread.join(timeout=5)
+            assert not thread.is_alive()
 
 
 ORPHAN = """

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from online_dpo.errors import JudgeError, SignalError
-from online_dpo.progress import SilentProgress
+from online_dpo.progress import Bar, SilentProgress
 from online_dpo.stages import label
 from online_dpo.stages.context import Context
 from online_dpo.stages.label import Labelling
@@ -42,7 +42,7 @@ class Judge:
 def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
     made = Judge()
 
-    def label_shard(context: Context, shard: str) -> int:
+    def label_shard(context: Context, shard: str, bar: Bar) -> None:
         if shard == "fails":
             raise JudgeError("no verdict")
         if shard == "hangs":
@@ -52,7 +52,6 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
             time.sleep(0.05)  # ends a little later than it is told to
             made.hanging.clear()
             raise CancelledError
-        return 1
 
     monkeypatch.setattr(label, "label_shard", label_shard)
     return made

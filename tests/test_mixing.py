@@ -94,14 +94,17 @@ def test_given_answers_join_the_candidates(tmp_path: Path) -> None:
 
 def test_a_second_model_joins_and_is_paid_once(tmp_path: Path) -> None:
     def answer(request: Request, number: int) -> Say:
-        return Say(" red red round.", finish_reason="length" if number == 0 else "stop")
+        assert (request["top_p"], request["stop"]) == (0.5, ["END"])
+        text = "<think>blue</think> red red round."
+        return Say(text, finish_reason="length" if number == 0 else "stop")
 
     with JudgeServer(answer) as server:
         also = {"url": server.url, "model": "strong", "api_key_env": "SECOND_KEY"}
-        config = tiny_config(tmp_path / "run", sampling={"also": also}, campaign={"rounds": 1})
+        sampling = {"also": also, "top_p": 0.5, "stop": ["END"], "strip_thinking": True}
+        config = tiny_config(tmp_path / "run", sampling=sampling, campaign={"rounds": 1})
         assert in_child(run_with_key, config, "none") == 0
         assert len(server.requests) == 8
-        again = tiny_config(tmp_path / "b" / "run", sampling={"also": also})
+        again = tiny_config(tmp_path / "b" / "run", sampling=sampling)
         again["campaign"]["rounds"] = 1
         assert in_child(run_with_key, again, "001/samples/part-00000") == -signal.SIGKILL
         assert in_child(run_with_key, again, "none") == 0
@@ -109,6 +112,7 @@ def test_a_second_model_joins_and_is_paid_once(tmp_path: Path) -> None:
     rows = read_table(tmp_path / "b/run/rounds/001/samples/part-00000/samples.parquet")
     others = [row for row in rows if row["source"] == "strong"]
     assert len(others) == 4 and all(row["logprobs"] is None for row in others)
+    assert {row["text"] for row in others} == {"red red round."}
     assert {row["finish_reason"] for row in others} <= {"eos", "length"}
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import start_vllm_worker
 from safetensors.torch import load_file, save_file
 from test_canary import another_policy, write_canary
 from vllm_processes import VllmServer
 
-from online_dpo.errors import EngineError
+from online_dpo.errors import ConfigError, EngineError
 from online_dpo.samplers.handler import SamplerHandler
 from online_dpo.tables import read_table
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
@@ -44,6 +45,18 @@ def loaded(worker: Worker, folder: Path) -> Worker:
 @pytest.fixture(scope="module")
 def transformers_worker(tiny_qwen2: Path) -> Worker:
     return loaded(InlineWorker(lambda: SamplerHandler(settings("transformers"))), tiny_qwen2)
+
+
+def test_an_engine_argument_that_vllm_does_not_have_is_named(
+    tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    engine = {"gpu_memory_utilisation": 0.5}
+    worker = start_vllm_worker(tmp_path, sampling={"sampler": "vllm", "engine": engine})
+    try:
+        with pytest.raises(ConfigError, match=r"no such .*did you mean 'gpu_memory_utilization'"):
+            loaded(worker, tiny_qwen2)
+    finally:
+        worker.close()
 
 
 @pytest.fixture

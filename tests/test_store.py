@@ -134,14 +134,31 @@ def test_a_start_waits_for_dying_workers(tmp_path: Path) -> None:
         RunLock(tmp_path, workers_timeout_s=0.1)
 
 
-def test_a_look_at_the_lock_does_not_stop_a_start(tmp_path: Path) -> None:
+def test_a_look_at_the_lock_never_stops_a_start(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
-    look = (tmp_path / "lock").open()
-    fcntl.flock(look, fcntl.LOCK_SH)
-    timer = threading.Timer(0.3, look.close)
-    timer.start()
+    with (tmp_path / "lock").open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        timer = threading.Timer(1.5, look.close)
+        timer.start()
+        RunLock(tmp_path).release()
+        assert look.closed
+        timer.join()
+
+
+def test_a_start_gets_in_between_looks_without_a_pause(tmp_path: Path) -> None:
     RunLock(tmp_path).release()
-    timer.join()
+    code = (
+        "import sys; from pathlib import Path; from online_dpo.locks import holder\n"
+        "print('looking', flush=True)\nwhile True: holder(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watcher:
+        try:
+            assert watcher.stdout is not None and watcher.stdout.readline() == b"looking\n"
+            for _ in range(20):
+                RunLock(tmp_path).release()
+        finally:
+            watcher.kill()
 
 
 def test_the_workers_in_the_way_are_named(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from run_fixture import make_run
+from tiny import in_child, tiny_config
 
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
@@ -66,6 +70,68 @@ def test_a_row_a_round_with_its_figures(run: Path, capsys: pytest.CaptureFixture
         sum(line.startswith(f"    {n}  done") for line in shown.splitlines() for n in range(4)) == 4
     )
     assert "finished, 3 of 3 rounds done" in shown
+
+
+def test_status_as_json_counts_why_there_is_no_verdict(tmp_path: Path) -> None:
+    rounds = Campaign(make_run(tmp_path, rounds=2)).status()["rounds"]
+    assert [list(r["no_verdict"]) for r in rounds] == [[], ["no final answer"], ["no final answer"]]
+    assert all(count > 0 for r in rounds for count in r["no_verdict"].values())
+
+
+def test_the_way_on_names_the_trust_that_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = {"name": "mine:score"}
+    run = make_run(tmp_path, rounds=3, finished=1, config={"judge": judge})
+    command = f"online-dpo resume {run} --trust judge.name=mine:score"
+    assert command in status(run, capsys)
+    print_summary(Campaign(run))
+    assert f"{command}  # go on" in capsys.readouterr().out
+
+
+def test_labelling_and_judging_are_counted_as_they_go(tmp_path: Path) -> None:
+    """A slow judge: its bar moves within a shard, and within an evaluation."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef score(prompt, response):\n"
+        "    time.sleep(0.025)\n    return float(len(response.text))\n"
+    )
+    config = tiny_config(tmp_path / "run", campaign={"rounds": 1}, sampling={"n": 8})
+    config["judge"] = {"name": f"{tmp_path / 'slow.py'}:score"}
+    seen = tmp_path / "seen.json"
+    assert in_child(run_watched, config, str(seen)) == 0
+    bars = json.loads(seen.read_text())
+    assert [name for name, _ in bars][:2] == ["prompts", "sft"]
+    label = next(counts for name, counts in bars if name == "label")
+    assert label[-1] == 8 and any(0 < count < 4 for count in label), label
+    evaluated = [counts for name, counts in bars if name == "evaluate"]
+    assert all(counts[-1] == 8 for counts in evaluated)
+    assert ["judge", [8]] in [[name, counts[-1:]] for name, counts in bars]
+
+
+def run_watched(config: dict[str, Any], out: str) -> None:
+    """Run, and write what every bar was set to."""
+    import online_dpo
+    from online_dpo.progress import SilentProgress
+
+    bars: list[tuple[str, list[int]]] = []
+
+    class Bar:
+        def __init__(self, counts: list[int]) -> None:
+            self.done = 0
+            self.counts = counts
+
+        def set(self, done: int, *, total: int | None = None) -> None:
+            self.done = done
+            self.counts.append(done)
+
+    class Watched(SilentProgress):
+        @contextmanager
+        def stage(self, name: str, *, total: int, unit: str) -> Iterator[Any]:
+            bars.append((name, []))
+            yield Bar(bars[-1][1])
+
+    online_dpo.run(config, progress=Watched())
+    Path(out).write_text(json.dumps(bars))
 
 
 def test_sources_have_a_table_of_their_own(
@@ -285,9 +351,9 @@ def test_figures_by_hand() -> None:
 
 def views(*figures: dict[str, Any]) -> list[RoundView]:
     empty = RoundView(
-        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, policy=None,
-        reference=None, promoted=None, why=None, training=None, evaluation=None, wall_s=None,
-        busy_s={}, fixed_s=None,
+        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, no_verdict={},
+        policy=None, reference=None, promoted=None, why=None, training=None, evaluation=None,
+        wall_s=None, busy_s={}, fixed_s=None,
     )  # fmt: skip
     return [
         replace(empty, round=n, evaluation={"win_rate_policy0": None, "score": None, **found})

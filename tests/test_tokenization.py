@@ -259,6 +259,20 @@ def test_prompts_that_leave_no_room_for_an_answer(
     assert [(p.line, p.reason) for p in problems] == [(2, reason)]
 
 
+def test_evaluation_prompts_have_room_for_their_own_answers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "x" * 9})
+    room = Room(20, "the model's", 8)
+    held_out = {**source(path, role="eval"), "max_new_tokens": 12}
+    with pytest.raises(ConfigError, match="no room for evaluation.max_new_tokens 12 in the model"):
+        prepare_prompts(tokenizer, [held_out], max_tokens=20, room=room)
+    prompts, problems = prepare_prompts(
+        tokenizer, [{**held_out, "max_new_tokens": 11}], max_tokens=20, room=room
+    )
+    assert len(prompts) == 1 and problems == []
+
+
 def test_two_sources_of_a_role_need_two_names(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -80,7 +80,7 @@ def _content(campaign: Campaign) -> dict[str, Any]:
         "pairs": sections.sample_pairs(campaign, rounds),
         "fates": fates[0] if fates else None,
         "meanings": fates[1] if fates else [],
-        "unjudged": sections.unjudged(campaign, rounds),
+        "unjudged": sections.unjudged(rounds),
         "times": sections.time_grid(rounds),
         "origins": sections.origin_grid(rounds),
         "config": dump_yaml(sections.without_secrets(config.model_dump(mode="json"))),

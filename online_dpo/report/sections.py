@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from online_dpo.files import read_json
-from online_dpo.lookup import PairView, example_pairs, invalid_verdicts, spread
+from online_dpo.lookup import PairView, example_pairs, spread
 from online_dpo.store import RunDir, read_lines
 from online_dpo.views import Campaign, RoundView, evaluated, source_views
 from online_dpo.wording import (
@@ -173,12 +173,10 @@ def fate_grid(rounds: Sequence[RoundView]) -> tuple[Grid, list[tuple[str, str]]]
     return Grid(titles, rows), meanings
 
 
-def unjudged(campaign: Campaign, rounds: Sequence[RoundView]) -> list[tuple[int, str, int]]:
+def unjudged(rounds: Sequence[RoundView]) -> list[tuple[int, str, int]]:
     """(round, reason, count) of verdicts that are none."""
     return [
-        (view.round, reason, count)
-        for view in rounds
-        for reason, count in invalid_verdicts(campaign.path, view.round).items()
+        (view.round, reason, count) for view in rounds for reason, count in view.no_verdict.items()
     ]
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.adapter_files import is_adapter
 from online_dpo.config import ModelConfig, SamplingConfig
-from online_dpo.errors import EngineError
+from online_dpo.errors import ConfigError, EngineError
 from online_dpo.merging import merged_weights, write_merged
 from online_dpo.models import load_tokenizer
 from online_dpo.pinning import base_folder
@@ -271,6 +273,7 @@ class VllmSampler:
     def _engine_of(self, folder: Path, more: Mapping[str, Any]) -> vllm.LLM:
         import vllm
 
+        _check_names(self._sampling.engine)
         arguments = {**self._arguments, **more}
         try:
             return vllm.LLM(model=str(folder), **arguments)
@@ -371,6 +374,21 @@ class VllmSampler:
             stop=stop,
             stopped=completion.finish_reason == "stop",
         )
+
+
+def _check_names(engine: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an argument of `sampling.engine` that this vLLM does not have."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = [field.name for field in fields(EngineArgs)]
+    for name in engine:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(
+                f"sampling.engine.{name}: vLLM {vllm.__version__} has no such engine argument{hint}"
+            )
 
 
 def _reload(worker: Any, folder: Path, weights: WeightSource) -> None:

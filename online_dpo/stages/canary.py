@@ -9,7 +9,7 @@ from typing import Any
 from online_dpo.files import read_json
 from online_dpo.records import ModelRef
 from online_dpo.samplers.canary import make_sequences
-from online_dpo.stages.context import Context
+from online_dpo.stages.context import Context, engine_length
 from online_dpo.store import RunDir
 
 _NUM_PROMPTS = 16
@@ -44,8 +44,7 @@ def canary_file(run: RunDir, policy: ModelRef) -> Path | None:
 def _sequences(context: Context, policy: ModelRef) -> list[dict[str, Any]]:
     """The same tokens in every round, within what the model and the engine can take."""
     model = read_json(context.folder(policy) / "config.json").get("max_position_embeddings")
-    engine = context.config.sampling.engine.get("max_model_len")
-    limits = [int(limit) for limit in (model, engine) if limit is not None]
+    limits = [int(n) for n in (model, engine_length(context.config)) if n is not None]
     prompts = list(context.load_prompts().by_id.values())[:_NUM_PROMPTS]
     pairs = make_sequences(
         [prompt.token_ids for prompt in prompts], max_length=min(limits, default=None)

@@ -136,3 +136,9 @@ def read_prompts(run: RunDir) -> PromptTable:
         elif row["role"] == "eval":
             table.eval.setdefault(prompt.source, []).append(prompt.id)
     return table
+
+
+def engine_length(config: Config) -> int | None:
+    """The engine's longest sequence where the config sets one; "auto" and -1 leave it open."""
+    length = config.sampling.engine.get("max_model_len")
+    return length if isinstance(length, int) and length > 0 else None

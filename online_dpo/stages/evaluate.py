@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from online_dpo.files import sha256_text
 from online_dpo.metrics import Drift, evaluation_figures, win
+from online_dpo.progress import Bar
 from online_dpo.records import (
     Comparison,
     ModelRef,
@@ -20,7 +22,7 @@ from online_dpo.records import (
 )
 from online_dpo.stages.context import Context
 from online_dpo.stages.origin import policy_zero
-from online_dpo.stages.sample import load_policy, prompt_request
+from online_dpo.stages.sample import load_policy, progress_listener, prompt_request
 from online_dpo.tables import read_table, response_from_answer, responses_by_prompt, write_table
 
 Row = dict[str, Any]
@@ -37,7 +39,8 @@ def evaluate(context: Context) -> None:
         context.working("evaluate"),
         context.progress.stage("evaluate", total=len(_prompts(context)), unit="prompts") as bar,
     ):
-        answers = _answer(context, policy, temperature=context.config.evaluation.temperature)
+        temperature = context.config.evaluation.temperature
+        answers = _answer(context, policy, temperature=temperature, bar=bar)
         bar.set(len(answers))
         rows = _judge(context, answers)
         asked = context.plan is not None or context.make_labeller(True).kind == "score"
@@ -61,7 +64,7 @@ def _prompts(context: Context) -> list[Prompt]:
 
 
 def _answer(
-    context: Context, policy: ModelRef, *, temperature: float
+    context: Context, policy: ModelRef, *, temperature: float, bar: Bar | None = None
 ) -> list[tuple[Prompt, Response]]:
     """One answer of a policy to each held-out prompt; the same seeds in every round."""
     sampling = context.config.sampling
@@ -80,6 +83,7 @@ def _answer(
     table = scratch.path / "answers.parquet"
     context.crew.sampler().call(
         "generate",
+        on_event=None if bar is None else progress_listener(bar, 0, 1),
         prompts=[prompt_request(prompt) for prompt in prompts],
         seeds={p.id: [derive_seed(seed, "eval", p.id)] for p in prompts},
         params=to_dict(params),
@@ -119,7 +123,10 @@ def _compared(
     for number in sorted(set(opponents.values())):
         others = _answers(context, number)
         met = [(p, r, response_from_answer(others[p.id])) for p, r in answers if p.id in others]
-        verdicts = context.make_labeller(True).compare_pairs(met, purpose=_purpose(context))
+        with _shown(context, len(met)) as on_share:
+            verdicts = context.make_labeller(True).compare_pairs(
+                met, purpose=_purpose(context), on_share=on_share
+            )
         by_opponent[number] = {verdict.prompt_id: verdict for verdict in verdicts}
     for field, number in opponents.items():
         for row in rows:
@@ -131,10 +138,23 @@ def _compared(
 
 
 def _scores(context: Context, answers: Answers) -> list[Score]:
-    labels = context.make_labeller(True).label(
-        [(prompt, [response]) for prompt, response in answers], purpose=_purpose(context)
-    )
+    items = [(prompt, [response]) for prompt, response in answers]
+    with _shown(context, len(items)) as on_share:
+        labels = context.make_labeller(True).label(
+            items, purpose=_purpose(context), on_share=on_share
+        )
     return [label.scores[0] for label in labels if label.scores is not None]
+
+
+@contextmanager
+def _shown(context: Context, total: int) -> Iterator[Callable[[float], None] | None]:
+    """A bar of its own for a judge that takes its time; what is called directly takes none."""
+    if context.make_labeller(True).mode == "inline":
+        yield None
+        return
+    with context.progress.stage("judge", total=total, unit="answers") as bar:
+        yield lambda share: bar.set(int(share * total))
+        bar.set(total)
 
 
 def _scored_answers(context: Context, number: int) -> dict[str, Row]:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.ledger import LEDGER, digest_of
+from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, responses_by_prompt, write_table
@@ -86,24 +87,30 @@ class Labelling:
         try:
             with self._context.progress.stage("label", total=self._total, unit="prompts") as bar:
                 while (shard := self._shards.get()) is not None:
-                    bar.advance(label_shard(self._context, shard))
+                    label_shard(self._context, shard, bar)
         except BaseException as error:
             self._failure = error
         finally:
             self._ended.set()
 
 
-def label_shard(context: Context, shard: str) -> int:
-    """Commit the labels of one shard of samples, if they are missing; returns its prompts."""
+def label_shard(context: Context, shard: str, bar: Bar) -> None:
+    """Commit the labels of one shard of samples, if they are missing; `bar` counts prompts."""
     name = shard.replace("samples/", "labels/")
     rows = read_table(context.round.verify(shard) / "samples.parquet")
     prompts = context.load_prompts().by_id
     items = [(prompts[i], responses) for i, responses in responses_by_prompt(rows).items()]
+    before = bar.done
     if context.round.has(name):
-        return len(items)
+        bar.set(before + len(items))
+        return
     labeller = context.make_labeller(False)
     with context.working("label"):
-        labels = labeller.label(items, purpose=f"round-{context.round.number:03d}")
+        labels = labeller.label(
+            items,
+            purpose=f"round-{context.round.number:03d}",
+            on_share=lambda share: bar.set(before + int(share * len(items))),
+        )
         table = [r for item, label in zip(items, labels, strict=True) for r in _rows(item, label)]
     inputs = {"samples": context.round.manifest(shard)["sha256"]}
     with context.round.commit(name, inputs=inputs) as draft:
@@ -115,7 +122,7 @@ def label_shard(context: Context, shard: str) -> int:
         if ledger.is_file():
             rows_paid, digest = digest_of(ledger)
             draft.facts["ledger"] = {"rows": rows_paid, "sha256": digest}
-    return len(items)
+    bar.set(before + len(items))
 
 
 def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:

@@ -14,7 +14,7 @@ from online_dpo.pinning import pin_model
 from online_dpo.records import ModelRef, derive_seed
 from online_dpo.resources import find_data
 from online_dpo.stages.canary import write_canary
-from online_dpo.stages.context import Context, read_prompts
+from online_dpo.stages.context import Context, engine_length, read_prompts
 from online_dpo.stages.train import checkpoint_listener, commit_training, latest_checkpoint
 from online_dpo.store import RoundDir
 from online_dpo.tables import read_table, write_table
@@ -61,6 +61,8 @@ def _given(origin: RoundDir) -> ModelRef:
 
 def _commit_model(context: Context) -> None:
     config = context.config.model
+    what = f"the model {config.path}" if config.path else "a new model, by model.init"
+    context.progress.note(f"policy 0 comes from {what}")
     with context.round.commit("model", inputs={}) as draft:
         if config.init is not None:
             assert context.config.sft is not None
@@ -81,31 +83,33 @@ def _commit_model(context: Context) -> None:
 def _commit_prompts(context: Context) -> None:
     config = context.config.prompts
     model = _given(context.round)
-    with context.round.commit("prompts", inputs={"model": model.sha256}) as draft:
+    length = context.config.sampling.max_new_tokens
+    eval_length = context.config.evaluation.max_new_tokens or length
+    if config.holdout:  # which of them are held out is decided later
+        length = max(length, eval_length)
+    with (
+        context.progress.stage("prompts", total=0, unit="prompts") as bar,
+        context.round.commit("prompts", inputs={"model": model.sha256}) as draft,
+    ):
         context.crew.trainer().call(
             "tokenize_prompts",
             model=str(context.folder(model)),
             sources=[
-                *(_source(source, "train") for source in config.train),
-                *(_source(source, "eval") for source in config.eval),
+                *(_source(source, "train", length) for source in config.train),
+                *(_source(source, "eval", eval_length) for source in config.eval),
             ],
             max_tokens=config.max_tokens,
             max_new_tokens=context.config.sampling.max_new_tokens,
-            max_model_len=_max_model_len(context),
+            max_model_len=engine_length(context.config),
             out=str(draft.path),
         )
         table = draft.path / "prompts.parquet"
         rows = _hold_out(read_table(table), config.holdout, context.config.campaign.seed)
         write_table(table, "prompts", rows)
         draft.rows = len(rows)
+        bar.set(len(rows), total=len(rows))
         problems = (draft.path / "problems.jsonl").read_text().splitlines()
     _report_problems(context, problems)
-
-
-def _max_model_len(context: Context) -> int | None:
-    """The engine's longest sequence where the config sets one; "auto" and -1 leave it open."""
-    length = context.config.sampling.engine.get("max_model_len")
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def check_pool(context: Context) -> None:
@@ -119,9 +123,9 @@ def check_pool(context: Context) -> None:
         )
 
 
-def _source(source: PromptSource, role: str) -> dict[str, Any]:
-    data = source.model_dump(mode="json")
-    return {**data, "path": _table(source.path), "role": role}
+def _source(source: PromptSource, role: str, max_new_tokens: int) -> dict[str, Any]:
+    data = {**source.model_dump(mode="json"), "path": _table(source.path)}
+    return {**data, "role": role, "max_new_tokens": max_new_tokens}
 
 
 def _table(path: str) -> str:
@@ -134,7 +138,10 @@ def _hold_out(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[st
     """Rows with `count` of the training prompts turned into evaluation prompts, by seed."""
     train = sorted(row["id"] for row in rows if row["role"] == "train")
     if count >= len(train) > 0:
-        raise ConfigError(f"prompts.holdout is {count}, but there are only {len(train)} prompts.")
+        raise ConfigError(
+            f"prompts.holdout is {count}, which leaves none of the {len(train)} usable prompts to "
+            "train on."
+        )
     held = set(random.Random(derive_seed(seed, "holdout")).sample(train, count))
     return [{**row, "role": "eval"} if row["id"] in held else row for row in rows]
 

@@ -10,11 +10,12 @@ from typing import Any
 from online_dpo.answers import buy_answers
 from online_dpo.calls import Limits
 from online_dpo.ledger import LEDGER
+from online_dpo.progress import Bar
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file
 from online_dpo.stages.context import Context
 from online_dpo.tables import read_table, write_table
-from online_dpo.tokenization import ANSWER_KEY
+from online_dpo.tokenization import ANSWER_KEY, without_thinking
 
 
 def sample(context: Context) -> Iterator[str]:
@@ -25,7 +26,7 @@ def sample(context: Context) -> Iterator[str]:
     with context.progress.stage("sample", total=total, unit="prompts") as bar:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
-                listener = _listener(bar, done, context.config.sampling.n)
+                listener = progress_listener(bar, done, context.config.sampling.n)
                 _sample_shard(context, name, prompt_ids, listener)
             done += len(prompt_ids)
             bar.set(done)
@@ -124,8 +125,7 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
         bought = buy_answers(
             prompts,
             also,
-            max_tokens=context.config.sampling.max_new_tokens,
-            temperature=context.config.sampling.temperature,
+            params=sampling_params(context),
             limits=Limits(context.config.judge.budget, context.config.judge.max_calls),
             ledger_path=context.run.path / LEDGER,
             seed=context.config.campaign.seed,
@@ -144,8 +144,9 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
         model=context.model_params(context.inputs.policy),
         answers=[{"text": text, "append_eos": done} for _, _, text, _, done in texts],
     )
+    seen = without_thinking if context.config.sampling.strip_thinking else str
     return [
-        Response(name, prompt_id, text, tuple(ids), "eos" if done else "length", source)
+        Response(name, prompt_id, seen(text), tuple(ids), "eos" if done else "length", source)
         for (prompt_id, name, text, source, done), ids in zip(texts, encoded["ids"], strict=True)
     ]
 
@@ -159,7 +160,7 @@ def _add(table: Path, others: Sequence[Response], prompt_ids: Sequence[str]) -> 
     write_table(table, "samples", sorted(rows, key=lambda row: place[row["prompt_id"]]))
 
 
-def _listener(bar: Any, base: int, num_responses: int) -> Callable[[dict[str, Any]], None]:
+def progress_listener(bar: Bar, base: int, num_responses: int) -> Callable[[dict[str, Any]], None]:
     """Moves the stage's bar, which counts prompts, by the responses a worker reports."""
 
     def listen(event: dict[str, Any]) -> None:
