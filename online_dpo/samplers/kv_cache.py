@@ -14,7 +14,8 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, room: int) -> None:
         """`room` is the number of positions, prompts included."""
-        super().__init__()
+        make: Any = super().__init__
+        make()
         self._room = room
 
     def update(
