@@ -21,6 +21,7 @@ from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.chat import TokenLogprobs as TokenLogprobs
 from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
