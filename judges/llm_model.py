@@ -52,7 +52,7 @@ class ChatModel:
         self.base_url = base_url
         self.api_key_env = api_key_env
         self.price = _price(price_per_million)
-        self._temperature = temperature
+        self.temperature = temperature
         self._max_tokens = max_tokens
         self._structured = structured
         self._extra_body = dict(extra_body) if extra_body else None
@@ -88,7 +88,7 @@ class ChatModel:
             model=self.name,
             messages=messages,
             max_tokens=self._max_tokens,
-            temperature=self._temperature,
+            temperature=self.temperature,
             response_format=schema,
             extra_body=self._extra_body,
             top_logprobs=top,

@@ -44,6 +44,8 @@ class LLMPairwise:
         self._model = ChatModel(model, **model_options)
         self.base_url = self._model.base_url
         self.api_key_env = self._model.api_key_env
+        self.temperature = self._model.temperature
+        """Of the judge's answers; at 0 they repeat."""
         self.price = self._model.price
         """Dollars per million tokens, in and out; None is unknown, with which no budget goes."""
         self._task = PairwiseTask(template, principles)

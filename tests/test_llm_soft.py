@@ -122,7 +122,7 @@ def test_a_server_without_log_probs_is_named(make: MakeLabeller) -> None:
 # --- a real server
 
 FORMS = (",|", "$<", "(?", "*#", ">>")
-"""Between "Verdict" and its letter: marks after which the tiny model finds several verdicts likely."""
+"""Marks between "Verdict" and its letter, after which the tiny model finds several likely."""
 
 MEANING = {"A": 1.0, "a": 1.0, "B": 0.0, "b": 0.0, "C": 0.5, "c": 0.5, "T": 0.5, "t": 0.5}
 """The model's vocabulary has letters alone; T begins a tie."""
@@ -156,6 +156,7 @@ def test_a_real_servers_log_probs_give_the_p_that_transformers_gives(
                 "base_url": vllm_server.base_url,
                 "template": str(template),
                 "structured": False,
+                "max_tokens": 32,
                 "soft": True,
                 "min_mass": 1e-6,
                 "extra_body": {"structured_outputs": {"choice": [f"Verdict{form}A"]}},
