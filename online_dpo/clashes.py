@@ -79,8 +79,9 @@ def of_judge(
                 f"{section}.{field} out"
             )
     if mode in ("inline", "own_model") and is_given(config, "timeout_s"):
+        how = "is called directly" if mode == "inline" else "is asked through the sampler"
         yield (
-            f"{section}.timeout_s: {name!r} is asked without a deadline. Leave "
+            f"{section}.timeout_s: {name!r} {how}, without a deadline. Leave "
             f"{section}.timeout_s out"
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from vllm_processes import VllmServer
 
 from judges.llm_replies import read_verdict
 from judges.llm_soft import LITTLE_MASS, NOT_FOUND, soft_p
-from online_dpo.chat import logprobs_from_json
 from online_dpo.errors import ConfigError
 from online_dpo.judging import ChatReply, TokenLogprobs
 
@@ -121,26 +122,24 @@ def test_a_server_without_log_probs_is_named(make: MakeLabeller) -> None:
 
 # --- a real server
 
-FORMS = (",|", "$<", "(?", "*#", ">>")
-"""Marks between "Verdict" and its letter, after which the tiny model finds several likely."""
-
-MEANING = {"A": 1.0, "a": 1.0, "B": 0.0, "b": 0.0, "C": 0.5, "c": 0.5, "T": 0.5, "t": 0.5}
-"""The model's vocabulary has letters alone; T begins a tie."""
+FORMS = (": ", " = ", ": **", ":\n", " -- ")
+"""What stands between "Verdict" and the verdict; each makes other verdicts likely."""
 
 
-def transformers_p(folder: Path, text: str) -> float:
-    """p at the end of a text, by transformers' own log-probs of the 20 likeliest tokens and A."""
+def transformers_p(folder: Path, said: Sequence[str]) -> float:
+    """p after what the server said, by transformers' own logits: A, B and tie alone may follow."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    asked = tokenizer("<|user|>x\n<|assistant|>", add_special_tokens=False).input_ids
+    # The grammar allows any tokens that spell the text: the server's own are scored.
+    spelt = [token.replace(" ", "\u0120").replace("\n", "\u010a") for token in said]
+    ids = torch.tensor([asked + tokenizer.convert_tokens_to_ids(spelt)])
     with torch.no_grad():
-        probs = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0, -1].softmax(-1)
-    seen = {*probs.topk(20).indices.tolist(), tokenizer.convert_tokens_to_ids("A")}
-    meant = {tokenizer.convert_tokens_to_ids(k): v for k, v in MEANING.items()}
-    mass = {i: float(probs[i]) for i in seen if i in meant}
-    return sum(meant[i] * p for i, p in mass.items()) / sum(mass.values())
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits[0, -1]
+    a, b, tie = logits[tokenizer.convert_tokens_to_ids(["A", "B", "t"])].softmax(-1).tolist()
+    return float(a + tie / 2)
 
 
 def test_a_real_servers_log_probs_give_the_p_that_transformers_gives(
@@ -151,6 +150,7 @@ def test_a_real_servers_log_probs_give_the_p_that_transformers_gives(
     expected, found = [], []
     with serve() as unused:
         for form in FORMS:
+            choices = [f"Verdict{form}{label}" for label in ("A", "B", "tie")]
             options = {
                 "model": vllm_server.model,
                 "base_url": vllm_server.base_url,
@@ -158,26 +158,15 @@ def test_a_real_servers_log_probs_give_the_p_that_transformers_gives(
                 "structured": False,
                 "max_tokens": 32,
                 "soft": True,
-                "min_mass": 1e-6,
-                "extra_body": {"structured_outputs": {"choice": [f"Verdict{form}A"]}},
+                "extra_body": {"structured_outputs": {"choice": choices}},
             }
-            labeller = make(unused, options=options, timeout_s=120)
+            labeller = make(unused, options=options, orders="one", timeout_s=120)
             (asked,) = labeller.compare_pairs([pair()], purpose="label")
-            assert asked.raws == (f"Verdict{form}A",) * 2
-            assert asked.p == pytest.approx(0.5, abs=1e-6), "the orders look the same to it"
-            one = labeller.compare_pairs([pair()], purpose="label")
-            assert one == [asked]
-            prompt = "<|user|>x\n<|assistant|>"
-            expected.append(transformers_p(vllm_server.folder, f"{prompt}Verdict{form}"))
-            found.append(p_in_ledger(tmp_path, f"Verdict{form}A"))
+            assert asked.raws[0] in choices and asked.p is not None
+            swapped, kept = rows(tmp_path, "swapped, logprobs")[-1]
+            found.append(1.0 - asked.p if swapped else asked.p)
+            said = [token for token, _, _ in json.loads(kept)]
+            before = [t for i, t in enumerate(said) if len("".join(said[:i])) < len(choices[0]) - 1]
+            expected.append(transformers_p(vllm_server.folder, before))
     assert found == [pytest.approx(p, abs=1e-4) for p in expected]
     assert len({round(p, 2) for p in expected}) > 2, "the forms differ"
-
-
-def p_in_ledger(tmp_path: Path, text: str) -> float | None:
-    """p from the log-probs that the ledger kept with a reply."""
-    kept = dict(rows(tmp_path, "reply, logprobs"))
-    found = read_verdict(ChatReply(text, "stop", "m", 1, 1), "f")
-    said = logprobs_from_json(kept[text])
-    assert said is not None
-    return soft_p(text, found.at, found.label, said, min_mass=1e-6)[0]
