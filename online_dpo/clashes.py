@@ -51,7 +51,7 @@ def on_machine(config: Config, *, sampler: str, gpus: int) -> Iterator[str]:
 def of_judge(
     config: JudgeConfig, *, section: str, compares: bool, mode: str, priced: bool
 ) -> Iterator[str]:
-    """What a judge of this kind and mode (inline, async or worker) would not read.
+    """What a judge of this kind and mode (inline, async, worker or own_model) would not read.
 
     `priced` is False where the judge says that it knows no price for its calls.
     """
@@ -78,9 +78,10 @@ def of_judge(
                 f"{section}.{field} is for judges that call an API; {name!r} makes no calls. Leave "
                 f"{section}.{field} out"
             )
-    if mode == "inline" and is_given(config, "timeout_s"):
+    if mode in ("inline", "own_model") and is_given(config, "timeout_s"):
+        how = "is called directly" if mode == "inline" else "is asked through the sampler"
         yield (
-            f"{section}.timeout_s: {name!r} is called directly, without a deadline. Leave "
+            f"{section}.timeout_s: {name!r} {how}, without a deadline. Leave "
             f"{section}.timeout_s out"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class Crew:
         self._sampler: Worker | None = None
         self._trainer: Worker | None = None
         self._asleep = False
+        self.sampler_turn = threading.RLock()
+        """Held over a load and what is asked of it: a judge may load another model meanwhile."""
 
     def sampler(self) -> Worker:
         """The sampler, with the GPU where turns are taken."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,10 @@ from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.records import Score, Verdict
 from online_dpo.verdicts import Kind, Question, checked_scores, checked_verdict
 
-Mode = Literal["inline", "async", "worker"]
-"""inline: pure and quick, called directly; async: on the event loop; worker: in its own process."""
+Mode = Literal["inline", "async", "worker", "own_model"]
+"""inline: pure and quick, called directly; async: on the event loop; worker: in its own process;
+own_model: it yields chats for the campaign's own model and is sent the replies.
+"""
 
 Answer = Verdict | tuple[Score, ...]
 
@@ -66,6 +68,14 @@ class Form:
         except Exception as error:
             raise judge_error(self.name, question, error) from error
 
+    def asking(self, question: Question, calls: Any) -> Generator[Any, Any, Answer]:
+        """What a judge of the own model yields, then its checked answer. Raises JudgeError."""
+        try:
+            result = yield from self._ask(*self._arguments(question), **self._extra(calls))
+            return self._checked(result, question)
+        except Exception as error:
+            raise judge_error(self.name, question, error) from error
+
     def _arguments(self, question: Question) -> tuple[Any, ...]:
         if self.kind == "score":
             return question.prompt, question.responses
@@ -103,6 +113,8 @@ def mode_of(target: Any) -> Mode:
         return "inline"
     methods = [getattr(target, method, None) for method in _METHODS]
     asked = [method for method in methods if callable(method)] or [target]
+    if any(inspect.isgeneratorfunction(method) for method in asked):
+        return "own_model"
     return "async" if any(inspect.iscoroutinefunction(method) for method in asked) else "worker"
 
 

@@ -21,6 +21,7 @@ from online_dpo.chat import ChatReply as ChatReply
 from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
+from online_dpo.chat import TokenLogprobs as TokenLogprobs
 from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
@@ -29,6 +30,7 @@ from online_dpo.files import disk_faults
 from online_dpo.judge_forms import Answer, Form, Mode, is_built_in, make_form, mode_of
 from online_dpo.judge_loop import LoopAsker
 from online_dpo.judge_worker import JudgeProcess
+from online_dpo.own_model import OwnModelAsker, OwnModels, Who
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
 from online_dpo.verdicts import (
     Kind,
@@ -87,7 +89,11 @@ class Labeller:
         self.kind: Kind
         self.mode: Mode
         self._priced = True
+        self.own_models: OwnModels | None = None
+        """The round's models, for a judge that asks one of them; set beside `round`."""
         self._version: str
+        self.who: Who
+        """Which of the round's models is asked, where one is."""
         self._asker: Asker
         self._prepare()
         compares = self.kind == "compare"
@@ -100,8 +106,11 @@ class Labeller:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The judge's name, as in the config, and its own version."""
-        return {"name": self.config.name, "version": self._version}
+        """The judge's name, as in the config, and its own version, with the weights that judge."""
+        version = self._version
+        if self.mode == "own_model" and self.own_models is not None:
+            version += f"-{self.own_models.sha256(self.who)[:16]}"
+        return {"name": self.config.name, "version": version}
 
     def label(
         self,
@@ -222,6 +231,9 @@ class Labeller:
         self._priced = getattr(form.judge, "price", ()) is not None
         if mode == "inline":
             self._asker = InlineAsker(form)
+        elif mode == "own_model":
+            self.who = form.judge.who
+            self._asker = OwnModelAsker(form, lambda: self.own_models, seed=self._seed)
         else:
             _check_key(form.judge)
             self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)

@@ -16,6 +16,7 @@ from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
+from online_dpo.own_model import who_judges_whom
 from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
 from online_dpo.retention import KeptRound, deletable
@@ -24,6 +25,7 @@ from online_dpo.stages.context import Context, PromptTable, busy_seconds, covere
 from online_dpo.stages.evaluate import evaluate
 from online_dpo.stages.label import Labelling
 from online_dpo.stages.origin import check_pool, make_origin
+from online_dpo.stages.own_models import RoundModels
 from online_dpo.stages.pair import find_selector, pair
 from online_dpo.stages.promote import promote
 from online_dpo.stages.sample import sample
@@ -59,11 +61,14 @@ class Loop:
         if self._folder.round(self._config.campaign.rounds).finished:
             return
         find_selector(self._config.pairs.selector)
-        judges = [self._labeller(evaluation, 0) for evaluation in (False, True)]
+        judges = [self._labeller(evaluation, None) for evaluation in (False, True)]
         pays = any(judge.mode == "async" for judge in judges)
         compares = judges[0].kind == "compare"
         if (problem := next(with_judges(self._config, pays, compares), None)) is not None:
             raise ConfigError(f"{problem}.")
+        if judges[0].mode == "own_model":
+            evaluates = judges[1].mode == "own_model"
+            self._progress.note(who_judges_whom(judges[0].who, evaluates=evaluates))
 
     def run(self) -> None:
         self._folder.event("campaign started", pid=os.getpid(), made_with=self._crew.facts)
@@ -133,21 +138,23 @@ class Loop:
             round=round_dir,
             crew=self._crew,
             progress=self._progress,
-            make_labeller=lambda evaluation: self._labeller(evaluation, round_dir.number),
+            make_labeller=lambda evaluation: self._labeller(evaluation, context),
             prompts=self._prompts,
         )
         if self._folder.round(0).has("prompts"):
             self._prompts = context.load_prompts()
         return context
 
-    def _labeller(self, evaluation: bool, number: int) -> Labeller:
+    def _labeller(self, evaluation: bool, context: Context | None) -> Labeller:
         """The judge of labelling or of evaluation, set to a round; one serves both where equal."""
+        number = 0 if context is None else context.round.number
+        own_models = None if context is None else RoundModels(context)
         config = self._config.eval_judge if evaluation else self._config.judge
         shared = {"budget": self._config.judge.budget, "max_calls": self._config.judge.max_calls}
         config = config.model_copy(update=shared)
         for known, labeller in self._judges:
             if known == config:
-                labeller.round = number
+                labeller.round, labeller.own_models = number, own_models
                 return labeller
         labeller = Labeller(
             config,
@@ -159,6 +166,7 @@ class Loop:
             env=hiding_gpus(self._config.compute.device),
             section="evaluation.judge" if evaluation and self._config.evaluation.judge else "judge",
         )
+        labeller.own_models = own_models
         self._judges.append((config, labeller))
         return labeller
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from labellers import make as make
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -381,9 +381,21 @@ def test_the_built_in_judges_and_their_options_are_listed() -> None:
     }
     assert set(first_code(rows)) == set(ours)
     for name, row in zip(first_code(rows), rows, strict=True):
-        parameters = list(inspect.signature(ours[name].load()).parameters)
+        parameters = [
+            parameter.name
+            for parameter in inspect.signature(ours[name].load()).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
         named = re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", row[2]))
         assert named == parameters, name
+
+
+def test_the_options_of_an_llm_judges_model_are_listed() -> None:
+    from judges.llm_model import ChatModel, ModelOptions
+
+    parameters = list(inspect.signature(ChatModel).parameters)
+    assert first_code(table(DOCS / "judges.md", "Option")) == parameters
+    assert ["model", *ModelOptions.__annotations__] == parameters
 
 
 def test_the_heuristic_kinds_are_listed() -> None:

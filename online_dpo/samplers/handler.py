@@ -12,6 +12,7 @@ from online_dpo.config import ModelConfig, SamplingConfig
 from online_dpo.errors import EngineError
 from online_dpo.files import read_json
 from online_dpo.records import (
+    Message,
     ModelRef,
     Prompt,
     Response,
@@ -22,7 +23,7 @@ from online_dpo.records import (
 from online_dpo.samplers.canary import TOLERANCES, Deviation, deviation
 from online_dpo.samplers.responses import TokenPairs
 from online_dpo.tables import read_table, write_table
-from online_dpo.tokenization import encode_answer
+from online_dpo.tokenization import encode_answer, tokenize_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,10 @@ class Engine(Protocol):
     @property
     def dtype(self) -> str:
         """What the engine computes in: a key of `canary.TOLERANCES`."""
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a prompt and its response together, once a policy is loaded."""
 
     @property
     def how(self) -> str:
@@ -167,18 +172,34 @@ class SamplerHandler:
         self, *, emit: Emit, model: Mapping[str, str], answers: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """The policy's token ids of texts by others, rows with "text" and "append_eos"."""
-        from online_dpo.models import load_tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(
-                Path(model["path"]), trust_remote_code=self._model.trust_remote_code
-            )
-        tokenizer = self._tokenizer
+        tokenizer = self._tokenizer_of(model)
         return {
             "ids": [
                 list(encode_answer(tokenizer, row["text"], append_eos=row["append_eos"]))
                 for row in answers
             ]
+        }
+
+    def encode_chats(
+        self,
+        *,
+        emit: Emit,
+        model: Mapping[str, str],
+        chats: Sequence[Sequence[Mapping[str, str]]],
+    ) -> dict[str, Any]:
+        """The token ids of chats, rows with "role" and "content", as prompts of the model.
+
+        "context" is the number of tokens that prompt and reply may have together, or None: a
+        policy must have been loaded. Raises ConfigError where the tokenizer has no chat template.
+        """
+        tokenizer = self._tokenizer_of(model)
+        prompts = [
+            Prompt("", "judge", messages=tuple(Message(m["role"], m["content"]) for m in chat))
+            for chat in chats
+        ]
+        return {
+            "ids": [list(tokenize_prompt(tokenizer, prompt)) for prompt in prompts],
+            "context": self._engine.context,
         }
 
     def sleep(self, *, emit: Emit) -> dict[str, Any]:
@@ -194,6 +215,15 @@ class SamplerHandler:
     def close(self) -> None:
         self._loaded = None
         self._engine.close()
+
+    def _tokenizer_of(self, model: Mapping[str, str]) -> PreTrainedTokenizerBase:
+        from online_dpo.models import load_tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(
+                Path(model["path"]), trust_remote_code=self._model.trust_remote_code
+            )
+        return self._tokenizer
 
     def _checked(
         self, policy: ModelRef, folder: Path, canary: str | None, emit: Emit

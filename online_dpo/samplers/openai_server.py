@@ -57,7 +57,8 @@ class OpenAIServerSampler:
         self._sampling = sampling
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos: tuple[int, ...] = ()
-        self._context: int | None = None
+        self.context: int | None = None
+        """Most tokens of a prompt and its response together."""
         self.how = "reloaded"
 
     def load(self, policy: ModelRef, folder: Path) -> None:
@@ -73,7 +74,7 @@ class OpenAIServerSampler:
             if endpoint.reload_url is not None:
                 call_reload_hook(endpoint.reload_url, folder)
         contexts = self._on_servers(lambda servers: _gather(s.context_length() for s in servers))
-        self._context = min((c for c in contexts if c is not None), default=None)
+        self.context = min((c for c in contexts if c is not None), default=None)
         self.how = "reloaded"
 
     def restart(self, policy: ModelRef, folder: Path) -> None:
@@ -92,7 +93,7 @@ class OpenAIServerSampler:
         assert self._tokenizer is not None, "load() comes first"
         rows = [(r.prompt, k, seed) for r in requests for k, seed in enumerate(r.seeds)]
         limits = [
-            response_limit(prompt, max_new_tokens=params.max_new_tokens, context=self._context)
+            response_limit(prompt, max_new_tokens=params.max_new_tokens, context=self.context)
             for prompt, _, _ in rows
         ]
         done = itertools.count(1)

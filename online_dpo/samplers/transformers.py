@@ -75,7 +75,8 @@ class TransformersSampler:
         self._model: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos: tuple[int, ...] = ()
-        self._context: int | None = None
+        self.context: int | None = None
+        """Most tokens of a prompt and its response together."""
         self._device = torch.device("cpu")
         self.batch_size = batch_size
         """Sequences generated at once; smaller than asked for once memory has run out."""
@@ -90,7 +91,7 @@ class TransformersSampler:
         if self._tokenizer is None:
             self._tokenizer = self._tokenizer_source(folder)
         self._eos = eos_token_ids(folder, self._tokenizer)
-        self._context = max_length(self._model)
+        self.context = max_length(self._model)
         self._device = self._model.device
         self.deterministic = self._device.type == "cpu"
         self.how = "fresh"
@@ -175,7 +176,7 @@ class TransformersSampler:
             for i, request in enumerate(requests)
             for limit in [
                 response_limit(
-                    request.prompt, max_new_tokens=params.max_new_tokens, context=self._context
+                    request.prompt, max_new_tokens=params.max_new_tokens, context=self.context
                 )
             ]
             for k, seed in enumerate(request.seeds)

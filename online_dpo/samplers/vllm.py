@@ -95,6 +95,11 @@ class VllmSampler:
         else:
             self.restart(policy, folder)
 
+    @property
+    def context(self) -> int:
+        """Most tokens of a prompt and its response together."""
+        return int(self._engine.model_config.max_model_len)
+
     def restart(self, policy: ModelRef, folder: Path) -> None:
         """A fresh engine; the old one ends first.
 
@@ -137,7 +142,7 @@ class VllmSampler:
     ) -> Iterator[list[Response]]:
         """Yield each request's responses, in order; `progress` gets the number of finished ones."""
         tokenizer = self._loaded_tokenizer
-        context = int(self._engine.model_config.max_model_len)
+        context = self.context
         rows = [(request.prompt, k) for request in requests for k in range(len(request.seeds))]
         seeds = [seed for request in requests for seed in request.seeds]
         settings = [

@@ -27,7 +27,8 @@ def sample(context: Context) -> Iterator[str]:
         for name, prompt_ids in shards.items():
             if not context.round.has(name):
                 listener = progress_listener(bar, done, context.config.sampling.n)
-                _sample_shard(context, name, prompt_ids, listener)
+                with context.crew.sampler_turn:
+                    _sample_shard(context, name, prompt_ids, listener)
             done += len(prompt_ids)
             bar.set(done)
             yield name
