@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo import plugins
+from online_dpo.annotation.asker import PeopleAsker
 from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
 from online_dpo.calls import Calls as Calls
 from online_dpo.chat import ChatReply as ChatReply
@@ -222,6 +223,10 @@ class Labeller:
         self._priced = getattr(form.judge, "price", ()) is not None
         if mode == "inline":
             self._asker = InlineAsker(form)
+        elif mode == "people":
+            # Each person sees one order, drawn for them.
+            self.config = self.config.model_copy(update={"orders": "one"})
+            self._asker = PeopleAsker(form, run=self._ledger_path.parent, seed=self._seed)
         else:
             _check_key(form.judge)
             self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
