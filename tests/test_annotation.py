@@ -30,7 +30,7 @@ from online_dpo.annotation.log import LabelLog, read_log
 from online_dpo.annotation.options import people_options
 from online_dpo.annotation.tasks import assigned, make_task, tasks_of
 from online_dpo.config_file import config_from_dict
-from online_dpo.errors import ConfigError, CorruptError, DiskError, LockedError, WaitingError
+from online_dpo.errors import ConfigError, CorruptError, DiskError, LockedError
 from online_dpo.records import Message, Prompt, Response
 from online_dpo.voting import combine_votes
 
@@ -532,6 +532,21 @@ def test_what_cannot_be_taken_over_is_named_and_nothing_is(tmp_path: Path) -> No
         export_labels(run.board, tmp_path / "labels.xlsx")
 
 
+def test_a_repeat_comes_too_late_once_labels_are_made(tmp_path: Path) -> None:
+    run = make_people_run(tmp_path, annotators=["ann"], repeats=1.0)
+    run.post(pairs(2))
+    tasks = run.board.tasks("ann", "round-001")
+    path = tmp_path / "in.jsonl"
+    rows = [{"task": task.id, "verdict": "a"} for task in tasks if task.purpose == "item"]
+    assert import_labels(run.board, write_jsonl(path, rows)) == 2
+    run.ask(pairs(2))
+    write_jsonl(path, [{"task": t.id, "verdict": "a"} for t in tasks if t.purpose == "repeat"])
+    with pytest.raises(ConfigError, match="labels of task .* are made"):
+        import_labels(run.board, path)
+    with run.board.open_log("ann") as log:
+        assert Desk(run.board, log, "ann").state()["task"] is None
+
+
 # --- options
 
 
@@ -589,7 +604,3 @@ def test_people_do_not_judge_evaluations(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"evaluation\.judge: people"):
         config_from_dict(config)
-
-
-def test_waiting_is_an_end_of_its_own() -> None:
-    assert WaitingError("x").exit_code == 11
