@@ -71,6 +71,8 @@ def test_votes_combine_by_hand() -> None:
     assert combine_votes([1.0, 0.5], "mean") == 0.75
     assert combine_votes([0.0, 0.0], "unanimous") == 0.0
     assert combine_votes([0.0, 0.5], "unanimous") == 0.5
+    assert combine_votes([1.0, 0.0], "majority", weights=[2.0, 1.0]) == 1.0
+    assert combine_votes([1.0, 0.0], "mean", weights=[3.0, 1.0]) == 0.75
 
 
 RULES = st.sampled_from(["majority", "mean", "unanimous"])
