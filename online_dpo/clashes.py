@@ -22,6 +22,9 @@ ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 
 MAX_P_MARGIN = 0.5
 
+PEOPLE = "human"
+"""The judge that asks people."""
+
 _FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
 
@@ -78,6 +81,15 @@ def of_judge(
                 f"{section}.{field} is for judges that call an API; {name!r} makes no calls. Leave "
                 f"{section}.{field} out"
             )
+    for field in ("orders", "votes") if mode == "people" else ():
+        if is_given(config, field):
+            yield (
+                f"{section}.{field}: each annotator is shown a pair once, in an order drawn for "
+                f"them; {section}.options.per_item is how many are asked. Leave {section}.{field} "
+                "out"
+            )
+    if mode == "people" and is_given(config, "timeout_s"):
+        yield f"{section}.timeout_s: people take their time. Leave {section}.timeout_s out"
     if mode in ("inline", "own_model") and is_given(config, "timeout_s"):
         how = "is called directly" if mode == "inline" else "is asked through the sampler"
         yield (
@@ -162,6 +174,11 @@ def _engine(engine: dict[str, Any]) -> Iterator[str]:
 
 
 def _evaluation_judge(config: Config) -> Iterator[str]:
+    if config.eval_judge.name == PEOPLE:
+        yield (
+            f"evaluation.judge: people (judge.name: {PEOPLE}) label what is trained on, and "
+            "answers to held-out prompts are not kept for them; name another judge there"
+        )
     judge = config.evaluation.judge
     if judge is None:
         return

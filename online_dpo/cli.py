@@ -143,6 +143,49 @@ def show(run_dir: RunArgument, pair_id: str) -> None:
 
 
 @app.command()
+def label(
+    run_dir: RunArgument,
+    annotator: Annotated[
+        str | None, typer.Option(help="Serve the labelling page to this annotator.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Any free one if 0.")] = 0,
+    stand_in: Annotated[
+        bool, typer.Option("--stand-in", help="Also offer what others have left open.")
+    ] = False,
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="Write tasks and verdicts: .jsonl or .csv.")
+    ] = None,
+    import_from: Annotated[
+        Path | None, typer.Option("--import", help="Take over verdicts: .jsonl or .csv.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Label as one of the people that a campaign asks; without a name: who has labelled what."""
+    from online_dpo.annotation import commands, exchange
+    from online_dpo.annotation.figures import figures
+    from online_dpo.errors import ConfigError
+
+    exchanges = export_to is not None or import_from is not None
+    if annotator is not None and (exchanges or as_json):
+        raise ConfigError("--annotator serves the page: --export, --import and --json go without.")
+    if annotator is None and (port or stand_in):
+        raise ConfigError("--port and --stand-in are for the page: name an --annotator.")
+    if annotator is not None:
+        say: Callable[[str], None] = lambda text: typer.echo(visible(text))  # noqa: E731
+        commands.serve(run_dir, annotator, port=port, stand_in=stand_in, say=say)
+        return
+    board = commands.open_board(run_dir)
+    if import_from is not None:
+        typer.echo(f"{exchange.import_labels(board, import_from)} new verdicts taken over.")
+    if export_to is not None:
+        typer.echo(f"{exchange.export_labels(board, export_to)} tasks written to {export_to}.")
+    if as_json:
+        typer.echo(json.dumps(figures(board), indent=2))
+    elif not exchanges:
+        typer.echo(visible(commands.describe(board)))
+
+
+@app.command()
 def report(
     run_dir: RunArgument, out: Annotated[Path | None, typer.Option(help="The HTML file.")] = None
 ) -> None:

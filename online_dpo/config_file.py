@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from online_dpo.clashes import PEOPLE
 from online_dpo.config import Config
 from online_dpo.config_errors import KeyPath, Lines, explain
 from online_dpo.errors import ConfigError
@@ -276,6 +277,8 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
         data["model"]["path"] = str((base / data["model"]["path"]).absolute())
     for judge in filter(None, (data["judge"], data["evaluation"]["judge"])):
         judge["name"] = _resolve_code(judge["name"], base)
+        if judge["name"] == PEOPLE and isinstance(gold := judge["options"].get("gold"), str):
+            judge["options"]["gold"] = _resolve_table(gold, base)
     data["pairs"]["selector"] = _resolve_code(data["pairs"]["selector"], base)
     campaign = data["campaign"]
     campaign["name"] = campaign["name"] or stem

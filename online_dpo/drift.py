@@ -10,7 +10,7 @@ from typing import Any
 
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
-from online_dpo.endings import ARTIFACTS, redo_command, resume_command
+from online_dpo.endings import ARTIFACTS, asked_of_people, redo_command, resume_command
 from online_dpo.errors import CorruptError, DriftError
 from online_dpo.store import RoundDir, RunDir
 
@@ -59,6 +59,14 @@ ROUNDING = (
 )
 """Settings of how things are computed, accepted within a round too: results change by rounding (and
 with another sampler by the draw of samples), and a step checkpoint does not depend on them."""
+
+WHO_LABELS = (
+    "judge.options.annotators",
+    "judge.options.per_item",
+    "judge.options.rubric",
+)
+"""Settings of the judge `human`, accepted while a round waits: somebody falls ill, and the labels
+that are made stay as they are."""
 
 FROZEN = (
     "model",
@@ -179,7 +187,7 @@ def _is_among(key: str, names: Sequence[str]) -> bool:
 
 def _is_late(round_dir: RoundDir, key: str) -> bool:
     """Whether an unfinished round has committed something that a setting had a part in."""
-    if round_dir.finished or round_dir.number == 0 or _is_among(key, ROUNDING):
+    if round_dir.finished or round_dir.number == 0 or _is_among(key, (*ROUNDING, *WHO_LABELS)):
         return False
     section = key.split(".")[0]
     if key in PLANNED or section not in _ARTIFACTS:
@@ -193,7 +201,8 @@ def _redo(round_dir: RoundDir, late: Sequence[str]) -> str:
     made_first = {**{section: names[0] for section, names in _ARTIFACTS.items()}, **_PLANNED_FIRST}
     first = min((made_first.get(name, "samples") for name in sections), key=ARTIFACTS.index)
     if first == "samples":
-        return f"rm -r {shlex.quote(str(round_dir.path))}"
+        paths = (round_dir.path, *asked_of_people(round_dir))
+        return f"rm -r {' '.join(shlex.quote(str(path)) for path in paths)}"
     replan = any(key in PLANNED for key in late) or bool({*sections} & {*_PLANNED_FIRST})
     return redo_command(round_dir, first, replan=replan)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from online_dpo.annotation.board import FOLDER
 from online_dpo.config import Config
 from online_dpo.errors import (
     BudgetError,
@@ -14,6 +15,7 @@ from online_dpo.errors import (
     DivergedError,
     NoPairsError,
     SignalError,
+    WaitingError,
 )
 from online_dpo.store import RoundDir, RunDir
 from online_dpo.trust import trust_flags
@@ -53,6 +55,8 @@ def remedy_for(error: CampaignError | SignalError, folder: RunDir, config: Confi
     last = folder.rounds()[-1] if folder.rounds() else None
     if isinstance(error, ConfigError) or last is None:
         return resume if folder.round(0).finished else None
+    if isinstance(error, WaitingError):
+        return f"{label_command(folder)}; {resume}"
     if isinstance(error, BudgetError):
         return f"{resume} {_raised_limit(error, config)}"
     if isinstance(error, NoPairsError):
@@ -69,6 +73,11 @@ def resume_command(folder: RunDir, config: Config) -> str:
     return " ".join(("online-dpo resume", shlex.quote(str(folder.path)), *trust_flags(config)))
 
 
+def label_command(folder: RunDir) -> str:
+    """The command that opens the labelling page; everybody puts their own name in."""
+    return f"online-dpo label {shlex.quote(str(folder.path))} --annotator NAME"
+
+
 def redo_command(round_dir: RoundDir, first: str, *, replan: bool = False) -> str:
     """The command that makes a round do its part from an artifact on again.
 
@@ -79,7 +88,15 @@ def redo_command(round_dir: RoundDir, first: str, *, replan: bool = False) -> st
     paths = [round_dir.path / name for name in later if (round_dir.path / name).exists()]
     if replan:
         paths.append(round_dir.path / PLAN)
+    if ARTIFACTS.index(first) <= ARTIFACTS.index("labels"):
+        paths += asked_of_people(round_dir)
     return " ".join(("rm -r", *(shlex.quote(str(path)) for path in paths)))
+
+
+def asked_of_people(round_dir: RoundDir) -> list[Path]:
+    """What a round has posted for people, which goes with its labels; their verdicts stay."""
+    posted = round_dir.run.path / FOLDER / "items" / f"round-{round_dir.number:03d}"
+    return [posted] if posted.is_dir() else []
 
 
 def _committed(round_dir: RoundDir) -> list[str]:
@@ -104,7 +121,7 @@ def _for_more_pairs(error: NoPairsError, last: RoundDir, config: Config, resume:
     if config.pairs.min_margin > 0 and "below_margin" in error.message:
         return f"{resume} --accept-change --set pairs.min_margin=0"
     more = config.sampling.n * 2
-    whole = shlex.quote(str(last.path))
+    whole = " ".join(shlex.quote(str(path)) for path in (last.path, *asked_of_people(last)))
     return f"rm -r {whole}; {resume} --accept-change --set sampling.n={more}"
 
 

@@ -12,9 +12,10 @@ from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.records import Score, Verdict
 from online_dpo.verdicts import Kind, Question, checked_scores, checked_verdict
 
-Mode = Literal["inline", "async", "worker", "own_model"]
+Mode = Literal["inline", "async", "worker", "own_model", "people"]
 """inline: pure and quick, called directly; async: on the event loop; worker: in its own process;
-own_model: it yields chats for the campaign's own model and is sent the replies.
+own_model: it yields chats for the campaign's own model and is sent the replies; people: called once
+enough of them have answered.
 """
 
 Answer = Verdict | tuple[Score, ...]
@@ -109,6 +110,8 @@ def make_form(name: str, options: dict[str, Any], base: Path | None) -> Form:
 
 def mode_of(target: Any) -> Mode:
     """Where a judge, or a class of judges, is called."""
+    if getattr(target, "people", False):
+        return "people"
     if getattr(target, "inline", False):
         return "inline"
     methods = [getattr(target, method, None) for method in _METHODS]

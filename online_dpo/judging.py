@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo import plugins
+from online_dpo.annotation.asker import PeopleAsker
 from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
 from online_dpo.calls import Calls as Calls
 from online_dpo.chat import ChatReply as ChatReply
@@ -234,6 +235,10 @@ class Labeller:
         elif mode == "own_model":
             self.who = form.judge.who
             self._asker = OwnModelAsker(form, lambda: self.own_models, seed=self._seed)
+        elif mode == "people":
+            # Each person sees one order, drawn for them.
+            self.config = self.config.model_copy(update={"orders": "one"})
+            self._asker = PeopleAsker(form, run=self._ledger_path.parent, seed=self._seed)
         else:
             _check_key(form.judge)
             self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)

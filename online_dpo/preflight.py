@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from online_dpo.clashes import of_judge, with_judges
+from online_dpo.clashes import PEOPLE, of_judge, with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
@@ -103,10 +103,14 @@ def _num_questions(config: Config, compares: bool) -> str:
     n = config.sampling.n + any(source.answer_field for source in config.prompts.train)
     n += config.sampling.also.n if config.sampling.also is not None else 0
     if not compares:
+        if judge.name == PEOPLE:
+            return f"{prompts * n * judge.options.get('per_item', 1)} verdicts of people"
         return f"{prompts * n * judge.votes} scores"
     pairs = (
         math.comb(n, 2) if judge.comparisons == "all" else min(math.comb(n, 2), judge.comparisons)
     )
+    if judge.name == PEOPLE:
+        return f"{prompts * pairs * judge.options.get('per_item', 1)} comparisons by people"
     return f"{prompts * pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
 
 

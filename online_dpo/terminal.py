@@ -96,6 +96,7 @@ def _print_header(console: Console, campaign: Campaign, rounds: Sequence[RoundVi
         "policy": _model(policy),
         "reference": _model(reference),
         "to go on": _resume(campaign) if state == "stopped" else "",
+        "waits for": _people(campaign) if state == "waiting" else "",
     }
     for name, fact in facts.items():
         if fact:
@@ -184,6 +185,10 @@ def _command(name: str, path: Path) -> str:
 
 def _resume(campaign: Campaign) -> str:
     return " ".join((_command("resume", campaign.path), *trust_flags(campaign.config)))
+
+
+def _people(campaign: Campaign) -> str:
+    return f"people: {_command('label', campaign.path)} --annotator NAME"
 
 
 def _shown_path(path: Path) -> str:

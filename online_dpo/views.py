@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.annotation.board import Board
+from online_dpo.annotation.options import people_options
+from online_dpo.clashes import PEOPLE
 from online_dpo.drift import current_config, is_finished
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
@@ -69,10 +72,20 @@ class Campaign:
 
     @property
     def state(self) -> str:
-        """running, finished, or stopped."""
+        """running, finished, waiting (for people), or stopped."""
         if is_finished(self._run, self.config):
             return "finished"
-        return "running" if holder(self._run.path) is not None else "stopped"
+        if holder(self._run.path) is not None:
+            return "running"
+        return "waiting" if self._waits_for_people() else "stopped"
+
+    def _waits_for_people(self) -> bool:
+        """Whether verdicts are lacking that the next round cannot do without."""
+        config, last = self.config, self._run.rounds()[-1:]
+        if config.judge.name != PEOPLE or not last or last[0].has("pairs"):
+            return False
+        options = people_options(config.judge.options)
+        return bool(Board(self._run.path, options, seed=config.campaign.seed).open_items())
 
     def rounds(self) -> list[RoundView]:
         """Every round that has begun, round 0 first."""

@@ -10,6 +10,7 @@ from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.errors import WaitingError
 from online_dpo.ledger import LEDGER, digest_of
 from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
@@ -86,7 +87,14 @@ class Labelling:
     def _run(self) -> None:
         try:
             with self._context.progress.stage("label", total=self._total, unit="prompts") as bar:
+                waiting = []
                 while (shard := self._shards.get()) is not None:
+                    try:
+                        label_shard(self._context, shard, bar)
+                    except WaitingError:
+                        waiting.append(shard)
+                # All is sampled and asked; people may have answered meanwhile.
+                for shard in waiting:
                     label_shard(self._context, shard, bar)
         except BaseException as error:
             self._failure = error

@@ -1,0 +1,1 @@
+"""People as judges: what they are asked, what they answered, and the page where they do."""
