@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from online_dpo.chat import PICO, CallFault, ChatReply, ChatRequest, Estimate, RequestRefused
+from online_dpo.chat import (
+    PICO,
+    CallFault,
+    ChatReply,
+    ChatRequest,
+    Estimate,
+    RequestRefused,
+    logprobs_from_json,
+    logprobs_to_json,
+)
 from online_dpo.deadline import Deadline
 from online_dpo.errors import BudgetError, CampaignError, ConfigError, JudgeError
 from online_dpo.ledger import Ledger
@@ -335,6 +344,7 @@ def _settlement(reply: ChatReply, estimate: Estimate) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "refused": int(reply.refused),
         "answered_by": reply.model,
+        "logprobs": logprobs_to_json(reply.logprobs),
     }
 
 
@@ -348,4 +358,5 @@ def _reply(entry: Entry, *, cached: bool) -> ChatReply:
         entry.tokens_out,
         bool(entry.refused),
         cached,
+        logprobs_from_json(entry.logprobs),
     )

@@ -28,6 +28,8 @@ class ChatRequest:
     """None leaves it out, for models that refuse it."""
     response_format: Mapping[str, Any] | None = None
     extra_body: Mapping[str, Any] | None = None
+    top_logprobs: int | None = None
+    """Ask for the log-probs of the reply's tokens, with those of so many likeliest ones beside."""
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
 
@@ -36,7 +38,25 @@ class ChatRequest:
         """What the model's answer depends on."""
         content = asdict(self)
         del content["base_url"], content["api_key_env"]
+        if self.top_logprobs is None:
+            del content["top_logprobs"]
         return content
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token of a reply: its text, its log-prob in nats, and the likeliest tokens' in its place.
+
+    `top` holds (text, log-prob), as the server orders them; the token itself may be among them.
+    """
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+
+
+NUM_LOGPROBS = 32
+"""The last tokens of a reply of which log-probs are kept: a verdict stands at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +70,8 @@ class ChatReply:
     tokens_out: int | None
     refused: bool = False
     cached: bool = False
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Of the last NUM_LOGPROBS tokens, where they were asked for and the server gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +129,23 @@ class RequestRefused(JudgeError):
     def __init__(self, message: str, *, code: str | None) -> None:
         super().__init__(message)
         self.code = code
+
+
+def logprobs_to_json(tokens: tuple[TokenLogprobs, ...] | None) -> str | None:
+    """Log-probs as the ledger keeps them: [[text, log-prob, [[text, log-prob], ...]], ...]."""
+    if tokens is None:
+        return None
+    return json.dumps([[t.text, t.logprob, t.top] for t in tokens], separators=(",", ":"))
+
+
+def logprobs_from_json(text: str | None) -> tuple[TokenLogprobs, ...] | None:
+    """The inverse of `logprobs_to_json`."""
+    if text is None:
+        return None
+    return tuple(
+        TokenLogprobs(token, logprob, tuple((other, value) for other, value in top))
+        for token, logprob, top in json.loads(text)
+    )
 
 
 def missing_key(name: str) -> str:

@@ -67,7 +67,7 @@ class Ledger:
         return self._submit(lambda db: table.send(db, entry, max_charge, max_calls))
 
     def settle(self, entry: Entry, **reply: Any) -> Future[Entry]:
-        """Keep the reply, given as the columns of Entry from `cost` to `answered_by`.
+        """Keep the reply, given as the columns of Entry from `cost` to `logprobs`.
 
         Like `fail` and `lose`, it leaves a row that is final already as it is.
         """

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError, CorruptError
 
-SCHEMA = 2
+SCHEMA = 3
 SESSION = uuid.uuid4().hex
 """This process. Open rows of any other are what a killed one left."""
 NO_ROWS = hashlib.sha256().hexdigest()
@@ -50,6 +50,8 @@ class Entry:
     finish_reason: str | None = None
     refused: int | None = None
     answered_by: str | None = None
+    logprobs: str | None = None
+    """JSON, where they were asked for."""
     reason: str | None = None
     sent_at: float | None = None
     ended_at: float | None = None

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
 
-from online_dpo.chat import CallFault, ChatReply, ChatRequest, missing_key
+from online_dpo.chat import (
+    NUM_LOGPROBS,
+    CallFault,
+    ChatReply,
+    ChatRequest,
+    TokenLogprobs,
+    missing_key,
+)
 from online_dpo.errors import ConfigError
 
 NO_KEY = "none"
@@ -85,6 +92,8 @@ def _parameters(request: ChatRequest, *, own: bool) -> dict[str, Any]:
         parameters["temperature"] = request.temperature
     if request.response_format is not None:
         parameters["response_format"] = request.response_format
+    if request.top_logprobs is not None:
+        parameters |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     if request.extra_body is not None:
         parameters["extra_body"] = dict(request.extra_body)
     return parameters
@@ -107,6 +116,21 @@ def _reply(completion: object) -> ChatReply:
         tokens_in=None if usage is None else usage.prompt_tokens,
         tokens_out=None if usage is None else usage.completion_tokens,
         refused=bool(refusal),
+        logprobs=_logprobs(getattr(choice.logprobs, "content", None)),
+    )
+
+
+def _logprobs(content: Sequence[Any] | None) -> tuple[TokenLogprobs, ...] | None:
+    """What the reply says of its last tokens; None where it says nothing."""
+    if content is None:
+        return None
+    return tuple(
+        TokenLogprobs(
+            _storable(token.token),
+            token.logprob,
+            tuple((_storable(top.token), top.logprob) for top in token.top_logprobs or ()),
+        )
+        for token in content[-NUM_LOGPROBS:]
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -23,6 +23,8 @@ class Say:
     text: str | None
     finish_reason: str = "stop"
     refusal: str | None = None
+    logprobs: Sequence[tuple[str, dict[str, float]]] | None = None
+    """Each token with the log-probs of the likeliest ones in its place, its own among them."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,18 @@ class _Server(ThreadingHTTPServer):
 
 def _completion(say: Say) -> Raw:
     message = {"role": "assistant", "content": say.text, "refusal": say.refusal}
+    choice = {"index": 0, "message": message, "finish_reason": say.finish_reason}
+    if say.logprobs is not None:
+        tokens = [_token(token, top[token]) for token, top in say.logprobs]
+        for token, (_, top) in zip(tokens, say.logprobs, strict=True):
+            token["top_logprobs"] = [_token(*other) for other in top.items()]
+        choice["logprobs"] = {"content": tokens, "refusal": None}
     body = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
         "model": "test-model-2",
-        "choices": [{"index": 0, "message": message, "finish_reason": say.finish_reason}],
+        "choices": [choice],
         "usage": {
             "prompt_tokens": TOKENS_IN,
             "completion_tokens": TOKENS_OUT,
@@ -185,3 +193,7 @@ def _completion(say: Say) -> Raw:
         },
     }
     return Raw(json.dumps(body))
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
