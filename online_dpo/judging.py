@@ -29,6 +29,7 @@ from online_dpo.files import disk_faults
 from online_dpo.judge_forms import Answer, Form, Mode, is_built_in, make_form, mode_of
 from online_dpo.judge_loop import LoopAsker
 from online_dpo.judge_worker import JudgeProcess
+from online_dpo.prices import is_priced
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
 from online_dpo.verdicts import (
     Kind,
@@ -82,6 +83,7 @@ class Labeller:
         self._base = base
         self._ledger_path = ledger_path
         self._env = dict(env or {})
+        self._section = section
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
@@ -219,12 +221,14 @@ class Labeller:
     def _take(self, form: Form, mode: Mode) -> None:
         """Use a judge that runs in this process."""
         self.kind, self.mode, self._version = form.kind, mode, form.version
-        self._priced = getattr(form.judge, "price", ()) is not None
+        self._priced = is_priced(form.judge, self.config)
         if mode == "inline":
             self._asker = InlineAsker(form)
         else:
             _check_key(form.judge)
-            self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
+            self._asker = LoopAsker(
+                form, self.config, self._ledger_path, seed=self._seed, section=self._section
+            )
 
     def _ask(
         self, questions: Sequence[Question], purpose: str, on_share: OnShare | None
