@@ -125,6 +125,10 @@ class JudgeServer:
                 self.bill = (self.bill[0] + used[0], self.bill[1] + used[1])
         return answer
 
+    def other(self, method: str, path: str, content_type: str, body: bytes) -> Raw:
+        """The reply to a request for anything but a chat completion."""
+        return Raw('{"error": {"message": "no such path"}}', 404)
+
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
 
@@ -132,8 +136,15 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
             timeout = 20.0
 
+            def do_GET(self) -> None:
+                self._reply(server.other("GET", self.path, "", b""))
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                if not self.path.endswith("/chat/completions"):
+                    kind = self.headers["Content-Type"]
+                    self._reply(server.other("POST", self.path, kind, body))
+                    return
                 answer = server.take(json.loads(body))
                 if isinstance(answer, Reset):
                     self.close_connection = True

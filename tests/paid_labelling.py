@@ -99,9 +99,10 @@ class Faulty:
 
 def label(folder: str, url: str, num_pairs: int, settings: dict[str, Any]) -> list[Comparison]:
     """Both orders of so many pairs, on the ledger in a folder, with short pauses."""
-    from online_dpo import door
+    from online_dpo import batches, door
 
     door.BACKOFF_S = 0.01
+    batches.GATHER_S = 0.2
     options = {"model": "m", "base_url": url, "price_per_million": PRICE, "max_tokens": 40}
     labeller = Labeller(
         JudgeConfig(name="llm_pairwise", options=options, **settings),
