@@ -34,10 +34,11 @@ def new_entry(
 
     The service tier and the endpoint's address are no part of that.
     """
+    content = request.content
     facts = {
         "judge": judge,
         "version": version,
-        "request": request.content,
+        "request": content,
         "prompt_id": context.prompt_id,
         "response_ids": context.response_ids,
         "swapped": context.swapped,
@@ -60,7 +61,7 @@ def new_entry(
         vote=context.vote,
         reserved=None if tariff is None else tariff.at_most(estimate),
         reserved_tokens=estimate.tokens,
-        request_sha256=_hash(facts["request"]),
+        request_sha256=_hash(content),
         tier=tier,
         batch=batch,
     )

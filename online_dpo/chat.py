@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from online_dpo.errors import JudgeError
@@ -39,10 +39,16 @@ class ChatRequest:
     @property
     def content(self) -> dict[str, Any]:
         """What the model's answer depends on."""
-        content = asdict(self)
-        del content["base_url"], content["api_key_env"]
-        if self.top_logprobs is None:
-            del content["top_logprobs"]
+        content = {
+            "model": self.model,
+            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "response_format": self.response_format,
+            "extra_body": self.extra_body,
+        }
+        if self.top_logprobs is not None:
+            content["top_logprobs"] = self.top_logprobs
         return content
 
 

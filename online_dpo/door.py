@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import math
 import random
 import time
 import weakref
@@ -36,6 +38,10 @@ MAX_PAUSE_S = 60.0
 
 BACKOFF_S = 0.5
 """The longest wait before the second attempt; it doubles with each."""
+
+
+POOL_SIZE = 16
+"""Requests in flight for each pool of connections, which looks at all it has with every request."""
 
 
 class DoorClosed(Exception):
@@ -92,7 +98,8 @@ class Door:
         self._jitter = random.Random()
         self._ledger: Ledger | None = None
         self._batches: Batches | None = None
-        self._clients: dict[tuple[str | None, str], OpenAIChat] = {}
+        self._clients: dict[tuple[str | None, str, int], OpenAIChat] = {}
+        self._turns = itertools.cycle(range(math.ceil(config.concurrency / POOL_SIZE)))
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._closed = asyncio.Event()
         self._counts: Counter[str] = Counter()
@@ -340,6 +347,7 @@ class Door:
         from online_dpo.openai_client import OpenAIChat
 
         place = (request.base_url, request.api_key_env)
-        if place not in self._clients:
-            self._clients[place] = OpenAIChat(*place)
-        return self._clients[place]
+        pool = (*place, next(self._turns))
+        if pool not in self._clients:
+            self._clients[pool] = OpenAIChat(*place)
+        return self._clients[pool]

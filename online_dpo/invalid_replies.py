@@ -23,6 +23,7 @@ class InvalidReplies:
         self._of: tuple[str, int] | None = None
         self._reasons: Counter[str] = Counter()
         self._answers = 0
+        self._last = ""
 
     def begin(self, purpose: str, round: int) -> None:
         """Questions of this kind come next; those that were counted stay counted."""
@@ -34,24 +35,29 @@ class InvalidReplies:
     def count(self, question: Question, answer: Answer) -> None:
         """Raises JudgeError once the share is over judge.max_invalid."""
         given = answer if isinstance(answer, tuple) else (answer,)
-        missing = [judgement for judgement in given if not _has_value(judgement)]
         self._answers += len(given)
-        self._reasons.update(judgement.reason or "no reason" for judgement in missing)
-        invalid = self._reasons.total()
+        for judgement in given:
+            if not _has_value(judgement):
+                self._reasons[judgement.reason or "no reason"] += 1
+                self._last = _shown(question, judgement)
         enough = self._answers >= self._config.max_invalid_after
-        if missing and enough and invalid > self._config.max_invalid * self._answers:
-            raise JudgeError(self._message(question, missing[0], invalid))
+        if enough and self._reasons.total() > self._config.max_invalid * self._answers:
+            raise JudgeError(self._message())
 
-    def _message(self, question: Question, last: Verdict | Score, invalid: int) -> str:
+    def _message(self) -> str:
         setting = f"{self._section}.max_invalid"
         reasons = ", ".join(f"{reason} ({n})" for reason, n in self._reasons.most_common(5))
-        words = " ".join((getattr(last, "raw", None) or "").split())
-        said = f", whose reply was {words[:200]!r}" if words else ""
         return (
-            f"The judge {self._config.name!r} gave no verdict in {invalid} of {self._answers} "
-            f"answers, and {setting} is {self._config.max_invalid:g}: {reasons}; the last for "
-            f"prompt {question.prompt.id!r}{said}. Mend the judge, or raise {setting}."
+            f"The judge {self._config.name!r} gave no verdict in {self._reasons.total()} of "
+            f"{self._answers} answers, and {setting} is {self._config.max_invalid:g}: {reasons}; "
+            f"the last for {self._last}. Mend the judge, or raise {setting}."
         )
+
+
+def _shown(question: Question, judgement: Verdict | Score) -> str:
+    words = " ".join((getattr(judgement, "raw", None) or "").split())
+    said = f", whose reply was {words[:200]!r}" if words else ""
+    return f"prompt {question.prompt.id!r}{said}"
 
 
 def _has_value(judgement: Verdict | Score) -> bool:

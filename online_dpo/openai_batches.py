@@ -15,7 +15,7 @@ from openai.types import Batch as RemoteBatch
 from openai.types.chat import ChatCompletion
 
 from online_dpo.chat import CallFault, ChatReply, ChatRequest
-from online_dpo.openai_client import EXHAUSTED, OpenAIChat, parameters_of, reply_of, status_fault
+from online_dpo.openai_client import EXHAUSTED, OpenAIChat, body_of, reply_of, status_fault
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class OpenAIBatches:
                 "custom_id": name,
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": _body(request, own=self._chat.own),
+                "body": body_of(request, own=self._chat.own),
             }
             for name, request in requests.items()
         ]
@@ -111,11 +111,6 @@ class OpenAIBatches:
     async def _tried(self, work: Awaitable[T]) -> T:
         async with self._chat.faults(self._timeout_s):
             return await work
-
-
-def _body(request: ChatRequest, *, own: bool) -> dict[str, Any]:
-    parameters = parameters_of(request, own=own)
-    return {**parameters, **parameters.pop("extra_body", {})}
 
 
 def _look(batch: RemoteBatch) -> Look:

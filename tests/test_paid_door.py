@@ -199,11 +199,11 @@ def test_a_wait_that_a_server_asks_for_is_kept_and_bounded(
 
 @pytest.mark.parametrize(
     "limits",
-    [{"requests_per_minute": 120}, {"tokens_per_minute": 400_000}],
+    [{"requests_per_minute": 120}, {"tokens_per_minute": 200_000}],
     ids=["calls", "tokens"],
 )
 def test_requests_are_spread_over_the_minute(make: MakeLabeller, limits: dict[str, int]) -> None:
-    """Two at once, then one each half second; some 3,000 tokens each at 6,667 a second."""
+    """Two at once, then one each half second; some 1,900 tokens each at 3,333 a second."""
     arrivals = []
 
     def answer(request: Request, number: int) -> Answer:
@@ -214,7 +214,7 @@ def test_requests_are_spread_over_the_minute(make: MakeLabeller, limits: dict[st
         labeller = make(server, orders="one", **limits)
         labeller.compare_pairs([pair(i) for i in range(4)], purpose="label")
     assert len(arrivals) == 4
-    assert arrivals[3] - arrivals[0] > (0.9 if "requests_per_minute" in limits else 0.2)
+    assert arrivals[3] - arrivals[0] > (0.9 if "requests_per_minute" in limits else 0.5)
 
 
 # --- answers of earlier runs
@@ -223,7 +223,9 @@ def test_requests_are_spread_over_the_minute(make: MakeLabeller, limits: dict[st
 def test_an_earlier_run_answers_identical_calls(make: MakeLabeller, tmp_path: Path) -> None:
     pairs = [pair(i) for i in range(4)]
     with JudgeServer(good_wins) as server:
-        found = make(server, run="old").compare_pairs(pairs[:3], purpose="label")
+        old = make(server, run="old")
+        found = old.compare_pairs(pairs[:3], purpose="label")
+        old.close()
         before = (tmp_path / "old/judgments.sqlite").read_bytes()
         events: list[Any] = []
         reuse_from = [str(tmp_path / "old")]
