@@ -18,7 +18,7 @@ from online_dpo.chat import CallFault, ChatReply, ChatRequest
 from online_dpo.config import BatchConfig, JudgeConfig
 from online_dpo.errors import JudgeError
 from online_dpo.ledger import Ledger
-from online_dpo.ledger_table import GATHERING, Batch, Entry
+from online_dpo.ledger_rows import GATHERING, Batch, Entry
 from online_dpo.reservations import committed
 
 if TYPE_CHECKING:

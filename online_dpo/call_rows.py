@@ -15,7 +15,7 @@ from online_dpo.chat import (
     logprobs_from_json,
     logprobs_to_json,
 )
-from online_dpo.ledger_table import Entry, session
+from online_dpo.ledger_rows import Entry, session
 from online_dpo.prices import Tariff
 
 
@@ -87,7 +87,7 @@ def reply_columns(reply: ChatReply, entry: Entry, tariff: Tariff | None) -> dict
         "finish_reason": reply.finish_reason,
         "refused": int(reply.refused),
         "answered_by": reply.model,
-        "tier": reply.tier or entry.tier,
+        "tier": entry.tier if entry.batch else reply.tier or entry.tier,
         "logprobs": logprobs_to_json(reply.logprobs),
     }
 

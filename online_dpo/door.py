@@ -9,7 +9,6 @@ import math
 import random
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 from online_dpo.batches import Batches
 from online_dpo.call_rows import new_entry, reply_columns, reply_from, usage_columns
 from online_dpo.calls import CallContext, Calls
-from online_dpo.chat import PICO, CallFault, ChatReply, ChatRequest, Estimate, RequestRefused
+from online_dpo.chat import CallFault, ChatReply, ChatRequest, Estimate, RequestRefused
 from online_dpo.config import JudgeConfig
 from online_dpo.deadline import Deadline
 from online_dpo.errors import CampaignError, ConfigError, JudgeError
 from online_dpo.ledger import Ledger
-from online_dpo.ledger_table import GATHERING, Entry, Limits
+from online_dpo.ledger_rows import GATHERING, Entry, Limits
 from online_dpo.prices import Prices, Tariff, asked_tier
 from online_dpo.rates import Pace
 from online_dpo.records import derive_seed
 from online_dpo.reservations import Reservations, committed
 from online_dpo.reuse import EarlierLedgers
+from online_dpo.tally import Tally
 
 if TYPE_CHECKING:
     from online_dpo.openai_client import OpenAIChat
@@ -102,9 +102,7 @@ class Door:
         self._turns = itertools.cycle(range(math.ceil(config.concurrency / POOL_SIZE)))
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._closed = asyncio.Event()
-        self._counts: Counter[str] = Counter()
-        self._answered_by: dict[str, str] = {}
-        self._priced: set[str] = set()
+        self._tally = Tally(config.name, on_event)
 
     def calls(self, context: CallContext, deadline: Deadline) -> Calls:
         """The door for one judgement."""
@@ -118,7 +116,7 @@ class Door:
         """Take calls again after `refuse`, and count anew."""
         self.fatal = None
         self._closed.clear()
-        self._counts.clear()
+        self._tally.begin()
 
     def refuse(self) -> None:
         """Send nothing more: waits and retries end, calls in flight may still settle."""
@@ -127,17 +125,8 @@ class Door:
             self._batches.leave(DoorClosed())
 
     def summary(self) -> dict[str, Any] | None:
-        """An event with what the door has done since it was opened, if anything.
-
-        `cost_usd` is None where a call's price is not known.
-        """
-        if not self._counts:
-            return None
-        counts = dict(self._counts)
-        cost: float | None = counts.pop("cost_pico", 0) / PICO
-        if counts.get("unpriced"):
-            cost = None
-        return {"event": "judge_calls", "judge": self._config.name, **counts, "cost_usd": cost}
+        """An event with what the door has done since it was opened, if anything."""
+        return self._tally.summary()
 
     async def close(self) -> None:
         """Close connections and the ledger."""
@@ -160,11 +149,13 @@ class Door:
             call = self._call(request, estimate, context)
             async with self._locks.setdefault(call.entry.key, asyncio.Lock()):
                 known = await self._known(call.entry)
-                if known is None or known.state == "sent":
-                    call.waiting = known
+                if known is None:
                     return await self._buy(call)
-                self._counts["from_ledger"] += 1
-                return self._checked(reply_from(known, cached=True), request)
+                if known.state == "sent":
+                    call.waiting, call.tariff = known, self._tariff(request, estimate, known.tier)
+                    return await self._buy(call)
+                self._tally.add("from_ledger")
+                return self._tally.answered(request.model, reply_from(known, cached=True))
         except RequestRefused:
             raise
         except CampaignError as error:
@@ -181,9 +172,7 @@ class Door:
             raise ConfigError(
                 "extra_body: the service tier decides the price; set judge.service_tier instead."
             )
-        tariff = self._prices.tariff(
-            request.model, request.base_url, self._tier, estimate.price_per_million
-        )
+        tariff = self._tariff(request, estimate, self._tier)
         if tariff is None and self._reservations.limits.max_usd is not None:
             raise ConfigError(
                 f"judge.budget.max_usd cannot be kept without a price for {request.model!r} at "
@@ -191,13 +180,17 @@ class Door:
                 ": [IN, OUT] in dollars ([0, 0] where it is free), or name a price file that has "
                 "it in judge.prices."
             )
-        self._tell_price(request, tariff)
+        self._tally.priced(request.model, self._tier, tariff)
         batch = None if self._config.batch is None else GATHERING
         entry = new_entry(
             self._config.name, self._version, request, context, estimate, tariff,
             tier=self._tier, batch=batch,
         )  # fmt: skip
         return _Call(request, estimate, tariff, entry)
+
+    def _tariff(self, request: ChatRequest, estimate: Estimate, tier: str | None) -> Tariff | None:
+        given = estimate.price_per_million
+        return self._prices.tariff(request.model, request.base_url, tier, given)
 
     async def _known(self, entry: Entry) -> Entry | None:
         """The row that answers a key or will, in this ledger or an earlier one."""
@@ -206,7 +199,7 @@ class Door:
         known = await committed(self._ledger.find(entry.key))
         if known is not None or (earlier := self._earlier.find(entry)) is None:
             return known
-        self._counts["reused"] += 1
+        self._tally.add("reused")
         return await committed(self._ledger.reuse(earlier))
 
     async def _buy(self, call: _Call) -> ChatReply:
@@ -239,7 +232,11 @@ class Door:
         ledger, entry, call.waiting = self._ledger, call.waiting, None
         if entry is None:
             entry = await self._reservations.reserve(call.entry, ledger)
-            self._counts["requests"] += 1
+            if self._closed.is_set():  # while it waited for room in the budget
+                self._reservations.end()
+                await committed(ledger.fail(entry, "never sent"))
+                raise DoorClosed
+            self._tally.add("requests")
         else:
             self._reservations.resume()
         began = time.monotonic()
@@ -252,7 +249,7 @@ class Door:
             columns = usage_columns(fault.usage, call.tariff) if fault.usage else {}
             columns["latency_s"] = time.monotonic() - began
             end = ledger.fail if fault.fate == "failed" else ledger.lose
-            self._count(await committed(end(entry, str(fault), **columns)))
+            self._tally.ended(await committed(end(entry, str(fault), **columns)))
             raise
         except BaseException as error:
             if entry.batch is None:
@@ -263,9 +260,9 @@ class Door:
         finally:
             call.spent_s += time.monotonic() - began
             self._reservations.end()
-        self._count(entry)
+        self._tally.ended(entry)
         self._tokens.give_back(call.estimate.tokens - entry.tokens)
-        return self._checked(reply_from(entry, cached=False), call.request)
+        return self._tally.answered(call.request.model, reply_from(entry, cached=False))
 
     async def _answer(self, call: _Call, entry: Entry) -> ChatReply:
         """One reply, by a request of its own or out of a batch. Raises CallFault."""
@@ -279,7 +276,7 @@ class Door:
         )
 
     async def _keep_pace(self, estimate: Estimate) -> None:
-        """Wait until the rates allow another request. Raises DoorClosed where it is in vain."""
+        """Wait until the rates allow another request, or the door closes."""
         wait_s = max(self._requests.take(), self._tokens.take(estimate.tokens))
         if wait_s > 0:
             await self._sleep(wait_s)
@@ -300,42 +297,13 @@ class Door:
                     f"{message}. There is no time for another attempt: judge.deadline_s is "
                     f"{self._config.deadline_s:g}."
                 )
-            self._on_event({"event": "judge_retry", "message": message, "pause_s": pause_s})
+            self._tally.retried(message, pause_s)
         await self._sleep(pause_s)
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep unless the door closes first."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._closed.wait(), seconds)
-
-    def _count(self, entry: Entry) -> None:
-        """Add an attempt that has ended to the summary."""
-        self._counts["faults"] += entry.state != "settled"
-        self._counts["cost_pico"] += entry.charge
-        self._counts["unpriced"] += entry.calls and entry.reserved is None
-
-    def _checked(self, reply: ChatReply, request: ChatRequest) -> ChatReply:
-        """Tell when another model answers than answered before: a judge has been exchanged."""
-        before = self._answered_by.setdefault(request.model, reply.model)
-        if reply.model != before:
-            self._answered_by[request.model] = reply.model
-            message = f"{request.model!r} was answered by {before!r} and now by {reply.model!r}"
-            self._on_event({"event": "judge_model_changed", "message": message})
-        return reply
-
-    def _tell_price(self, request: ChatRequest, tariff: Tariff | None) -> None:
-        """An event with what a model's calls are reckoned at, and where that comes from."""
-        if request.model not in self._priced:
-            self._priced.add(request.model)
-            self._on_event(
-                {
-                    "event": "judge_price",
-                    "model": request.model,
-                    "tier": self._tier,
-                    "price_per_million": "unknown" if tariff is None else tariff.shown,
-                    "source": "unknown" if tariff is None else tariff.source,
-                }
-            )
 
     def _in_batches(self) -> Batches:
         if self._batches is None:

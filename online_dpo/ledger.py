@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from online_dpo import ledger_table as table
 from online_dpo.errors import BudgetError, CorruptError, DiskError
 from online_dpo.files import disk_faults, fsync_path
-from online_dpo.ledger_table import Batch, Entry, Limits, Totals
+from online_dpo.ledger_rows import NO_ROWS, Batch, Entry, Limits, Totals
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class _Job:
         return self.future.set_running_or_notify_cancel()
 
 
-def check_ledger(path: Path, rows: int = 0, sha256: str = table.NO_ROWS) -> None:
+def check_ledger(path: Path, rows: int = 0, sha256: str = NO_ROWS) -> None:
     """Hash a ledger anew from its first row to its last; to be called once a start.
 
     Raises CorruptError where a row was altered or is missing, and unless the ledger still begins
@@ -209,7 +209,7 @@ def digest_of(path: Path) -> tuple[int, str]:
     Final rows are never changed: the hash after the first n stays what it was.
     """
     if not path.is_file():
-        return 0, table.NO_ROWS
+        return 0, NO_ROWS
     totals = _read(path, table.totals)
     return totals.final, totals.sha256
 

@@ -1,167 +1,32 @@
-"""The rows of the ledger: what one holds, and how it changes inside a transaction."""
+"""The tables of the ledger: how its rows change inside a transaction."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sqlite3
 import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from online_dpo.chat import PICO
-from online_dpo.errors import BudgetError, CorruptError
+from online_dpo.errors import CorruptError
+from online_dpo.ledger_rows import (
+    COLUMNS,
+    GATHERING,
+    NO_ROWS,
+    Batch,
+    Entry,
+    Limits,
+    Totals,
+    row_hash,
+    session,
+)
 
 SCHEMA = 4
-NO_ROWS = hashlib.sha256().hexdigest()
-"""The running hash before the first final row."""
 
-BATCHES = """
-CREATE TABLE batches (
-    id TEXT PRIMARY KEY, base_url TEXT, api_key_env TEXT NOT NULL, remote TEXT, created_at REAL
-);
-"""
-"""One row a batch, from the moment before it is handed in; `remote` is the endpoint's id for it."""
-
-State = Literal["sent", "settled", "reused", "failed", "unknown"]
-GATHERING = "gathering"
-"""The batch of calls that wait for one to be handed in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One attempt of one call. Costs are in picodollars; None where no price is known."""
-
-    key: str
-    attempt: int
-    state: State
-    session: str
-    seq: int | None
-    """Place among the rows that are final, from 1; None before."""
-    judge: str
-    version: str
-    model: str
-    purpose: str
-    round: int
-    prompt_id: str
-    response_ids: str
-    swapped: int
-    vote: int
-    reserved: int | None
-    reserved_tokens: int = 0
-    request_sha256: str = ""
-    """Of the request's content alone; the key's hash is over pair, order, vote and judge too."""
-    tier: str | None = None
-    """The service tier asked for."""
-    batch: str | None = None
-    cost: int | None = None
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    tokens_cached: int | None = None
-    reply: str | None = None
-    finish_reason: str | None = None
-    refused: int | None = None
-    answered_by: str | None = None
-    logprobs: str | None = None
-    """JSON, where they were asked for."""
-    reason: str | None = None
-    sent_at: float | None = None
-    ended_at: float | None = None
-    latency_s: float | None = None
-    """From sending to the whole reply, or to what came instead of it."""
-
-    @property
-    def charge(self) -> int:
-        """What the row counts for against a budget, in picodollars."""
-        if not self.calls:
-            return 0
-        return (self.reserved if self.cost is None else self.cost) or 0
-
-    @property
-    def tokens(self) -> int:
-        """What the row counts for, in tokens."""
-        if not self.calls:
-            return 0
-        if self.tokens_in is None or self.tokens_out is None:
-            return self.reserved_tokens
-        return self.tokens_in + self.tokens_out
-
-    @property
-    def calls(self) -> int:
-        """Whether it is a call that was or may have been answered, 1 or 0."""
-        return int(self.state not in ("failed", "reused"))
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the row's content, stored beside it."""
-        return _row_hash(self.values)
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The row as the table holds it, without its hash."""
-        return tuple(getattr(self, name) for name in _COLUMNS)
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """What all rows count for: picodollars, calls that were or may have been answered, tokens."""
-
-    charged: int
-    calls: int
-    tokens: int
-    final: int
-    """Rows in a final state."""
-    sha256: str = NO_ROWS
-    """The running hash over these rows' hashes, in the order in which they became final."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Calls handed in together: where to, and the endpoint's own id, once it has given one."""
-
-    id: str
-    base_url: str | None
-    api_key_env: str
-    remote: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What all rows may count for together; None is without limit."""
-
-    max_usd: float | None = None
-    max_calls: int | None = None
-    max_tokens: int | None = None
-
-    def check(self, so_far: Totals, entry: Entry) -> None:
-        """Raises BudgetError where there is no room for a call."""
-        spent = so_far.charged / PICO
-        if self.max_usd is not None and so_far.charged + entry.charge > round(self.max_usd * PICO):
-            raise BudgetError(
-                f"The labelling budget of ${self.max_usd:.6g} has no room for another call: "
-                f"${spent:.6g} is spent or reserved and the call may cost "
-                f"${entry.charge / PICO:.6g}. Raise judge.budget.max_usd to go on."
-            )
-        if self.max_calls is not None and so_far.calls >= self.max_calls:
-            raise BudgetError(
-                f"The limit of {self.max_calls} judge calls is reached. Raise "
-                "judge.budget.max_calls to go on."
-            )
-        if self.max_tokens is not None and so_far.tokens + entry.tokens > self.max_tokens:
-            raise BudgetError(
-                f"The labelling budget of {self.max_tokens} tokens has no room for another call: "
-                f"{so_far.tokens} are spent or reserved and the call may take {entry.tokens}. "
-                "Raise judge.budget.max_tokens to go on."
-            )
-
-
-_COLUMNS = [field.name for field in fields(Entry)]
-_NAMES = ", ".join(f'"{name}"' for name in _COLUMNS)
-_MARKS = ", ".join("?" * (len(_COLUMNS) + 1))
+_NAMES = ", ".join(f'"{name}"' for name in COLUMNS)
+_MARKS = ", ".join("?" * (len(COLUMNS) + 1))
 TABLES = f"""
 CREATE TABLE calls ({_NAMES}, sha256 TEXT NOT NULL, PRIMARY KEY (key, attempt));
 CREATE UNIQUE INDEX calls_seq ON calls (seq);
@@ -174,25 +39,11 @@ INSERT INTO totals VALUES (0, 0, 0, 0, '{NO_ROWS}');
 CREATE TABLE verdicts (key TEXT PRIMARY KEY, verdict TEXT NOT NULL, sha256 TEXT NOT NULL);
 CREATE VIEW judgments AS SELECT calls.*, verdict FROM calls LEFT JOIN verdicts
     ON verdicts.key = calls.key AND state IN ('settled', 'reused');
-{BATCHES}
+CREATE TABLE batches (
+    id TEXT PRIMARY KEY, base_url TEXT, api_key_env TEXT NOT NULL, remote TEXT, created_at REAL
+);
 PRAGMA user_version = {SCHEMA};
 """
-
-
-_session = uuid.uuid4().hex
-
-
-def session() -> str:
-    """This process. Open rows of any other are what a killed one left."""
-    return _session
-
-
-def _begin_session() -> None:
-    global _session
-    _session = uuid.uuid4().hex
-
-
-os.register_at_fork(after_in_child=_begin_session)
 
 
 def recover(db: sqlite3.Connection) -> None:
@@ -278,7 +129,7 @@ def reuse(db: sqlite3.Connection, entry: Entry) -> Entry:
 
 def conclude(db: sqlite3.Connection, keys: Sequence[str], verdict: str) -> None:
     """Keep what a judge made of the answers to some calls, as JSON; it may be read off anew."""
-    rows = [(key, verdict, _row_hash((key, verdict))) for key in keys]
+    rows = [(key, verdict, row_hash((key, verdict))) for key in keys]
     db.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", rows)
 
 
@@ -353,23 +204,19 @@ def check(db: sqlite3.Connection, path: Path, rows: int) -> str:
     if found != recorded:
         raise CorruptError(f"{path}: its totals are not those of its rows: {recorded}, {found}.")
     for key, verdict, sha256 in db.execute("SELECT key, verdict, sha256 FROM verdicts"):
-        if _row_hash((key, verdict)) != sha256:
+        if row_hash((key, verdict)) != sha256:
             raise CorruptError(f"{path}: the verdict of {key[:16]} is not what was written.")
     return named
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
     entry = Entry(*row[:-1])
-    if _row_hash(row[:-1]) != row[-1]:
+    if row_hash(row[:-1]) != row[-1]:
         raise CorruptError(
             f"The ledger's row of prompt {entry.prompt_id!r} ({entry.key[:16]}, attempt "
             f"{entry.attempt}) is not what was written."
         )
     return entry
-
-
-def _row_hash(values: tuple[Any, ...]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _extended(running: str, row: str) -> str:

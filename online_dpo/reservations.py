@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from online_dpo.errors import BudgetError
 from online_dpo.ledger import Ledger
-from online_dpo.ledger_table import Entry, Limits
+from online_dpo.ledger_rows import Entry, Limits
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from online_dpo import ledger_table as table
 from online_dpo.errors import ConfigError
 from online_dpo.ledger import LEDGER, open_checked
-from online_dpo.ledger_table import Entry
+from online_dpo.ledger_rows import Entry
 
 
 class EarlierLedgers:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError, CorruptError, DiskError
 from online_dpo.ledger import Ledger, check_ledger, digest_of
-from online_dpo.ledger_table import Entry, Limits, session
+from online_dpo.ledger_rows import Entry, Limits, session
 
 REPLY: dict[str, Any] = {
     "cost": 40,
