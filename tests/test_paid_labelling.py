@@ -107,14 +107,14 @@ class Schedule:
         self._seed = seed
 
     def _budget(self, draw: random.Random) -> dict[str, float]:
-        """Room for a few calls at their reservations: some 2,700 tokens in and 40 out."""
+        """Room for a few calls at their reservations: some 1,500 tokens, or $0.0016."""
         kind = draw.choice(["max_usd", "max_calls", "max_tokens"])
         few = draw.randint(1, 2 * self.num_pairs)
-        return {kind: {"max_usd": few * 4e-3, "max_calls": few, "max_tokens": few * 4000}[kind]}
+        return {kind: {"max_usd": few * 2e-3, "max_calls": few, "max_tokens": few * 1600}[kind]}
 
     def __call__(self, request: Request, number: int) -> Answer:
         draw = random.Random(f"{self._seed} {number}")
-        tokens = (draw.randint(1, 2000), draw.randint(1, 40))
+        tokens = (draw.randint(1, 1000), draw.randint(1, 40))
         fate = draw.random()
         if fate < 0.1:
             return RATE_LIMIT
