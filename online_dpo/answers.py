@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from online_dpo.calls import CallContext, Door, Limits
+from online_dpo.calls import CallContext
 from online_dpo.chat import ChatReply, ChatRequest, Estimate
-from online_dpo.config import AnswerSource
+from online_dpo.config import AnswerSource, BudgetConfig, JudgeConfig
+from online_dpo.door import Door
 from online_dpo.errors import CampaignError, EngineError, JudgeError
 from online_dpo.records import Message, Prompt, SamplingParams
 
@@ -34,7 +35,8 @@ def buy_answers(
     source: AnswerSource,
     *,
     params: SamplingParams,
-    limits: Limits,
+    budget: BudgetConfig,
+    prices: str | None,
     ledger_path: Path,
     seed: int,
     round_number: int,
@@ -44,20 +46,19 @@ def buy_answers(
 
     top_k is the policy's alone: the API does not have it.
 
-    Answers that the ledger holds are not bought again. Raises EngineError where the server gives
+    `budget` and `prices` are the campaign's, as in `judge:`. Answers that the ledger holds are not
+    bought again. Raises EngineError where the server gives
     none; what was bought before is kept.
     """
-    door = Door(
-        ledger_path,
-        judge="sampling.also",
-        version="1",
-        seed=seed,
-        limits=limits,
+    settings = JudgeConfig(
+        name="sampling.also",
         concurrency=_CONCURRENCY,
         timeout_s=_TIMEOUT_S,
         retries=_RETRIES,
-        on_event=on_event,
+        budget=budget,
+        prices=prices,
     )
+    door = Door(ledger_path, settings, version="1", seed=seed, on_event=on_event)
 
     async def ask(prompt: Prompt, index: int) -> Answer:
         request = _request(prompt, source, params)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from online_dpo.errors import JudgeError
 from online_dpo.records import Message
@@ -15,6 +15,9 @@ PICO = 10**12
 
 Price = tuple[float, float]
 """Dollars per million tokens, in and out."""
+
+Fate = Literal["failed", "unknown"]
+"""failed: it costs nothing; unknown: it may have been paid for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,16 @@ class ChatRequest:
     @property
     def content(self) -> dict[str, Any]:
         """What the model's answer depends on."""
-        content = asdict(self)
-        del content["base_url"], content["api_key_env"]
-        if self.top_logprobs is None:
-            del content["top_logprobs"]
+        content = {
+            "model": self.model,
+            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "response_format": self.response_format,
+            "extra_body": self.extra_body,
+        }
+        if self.top_logprobs is not None:
+            content["top_logprobs"] = self.top_logprobs
         return content
 
 
@@ -60,6 +69,17 @@ NUM_LOGPROBS = 32
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a reply says that it used: tokens, those read from a cache, and the service tier."""
+
+    tokens_in: int | None
+    tokens_out: int | None
+    tokens_cached: int | None = None
+    """Part of `tokens_in`."""
+    tier: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatReply:
     """The model's words. `cached`: they came from the ledger; `refused`: it declined to answer."""
 
@@ -72,11 +92,23 @@ class ChatReply:
     cached: bool = False
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """Of the last NUM_LOGPROBS tokens, where they were asked for and the server gives them."""
+    tokens_cached: int | None = None
+    tier: str | None = None
+    key: str = ""
+    """Of its row in the ledger."""
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.tokens_in, self.tokens_out, self.tokens_cached, self.tier)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The most that a request may use. `price_per_million` None is unknown, which is not free."""
+    """The most that a request may use.
+
+    `price_per_million` None leaves the price to the price file; what is not in there either is
+    unknown, which is not free.
+    """
 
     tokens_in: int
     tokens_out: int
@@ -90,34 +122,34 @@ class Estimate:
         tokens_in = len(sent.encode(errors="replace")) + len(extra) + 64 * len(request.messages)
         return cls(tokens_in, request.max_tokens, price_per_million)
 
-    def cost(self, tokens_in: int, tokens_out: int) -> int | None:
-        """Picodollars for that many tokens, or None where the price is unknown."""
-        if self.price_per_million is None:
-            return None
-        per_token = [round(dollars * PICO / 1e6) for dollars in self.price_per_million]
-        return tokens_in * per_token[0] + tokens_out * per_token[1]
-
     @property
-    def reservation(self) -> int | None:
-        return self.cost(self.tokens_in, self.tokens_out)
+    def tokens(self) -> int:
+        return self.tokens_in + self.tokens_out
 
 
 class CallFault(Exception):
-    """An attempt that gave no reply. `charged` says that it may have been paid for all the same."""
+    """An attempt that gave no usable reply, and whether it may have been paid for all the same.
+
+    `usage` is what it is known to have used.
+    """
 
     def __init__(
         self,
         message: str,
         *,
         retryable: bool,
-        charged: bool,
+        fate: Fate,
+        usage: Usage | None = None,
         retry_after_s: float | None = None,
         refused: bool = False,
         code: str | None = None,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
+        self.status = status
         self.retryable = retryable
-        self.charged = charged
+        self.fate: Fate = fate
+        self.usage = usage
         self.retry_after_s = retry_after_s
         self.refused = refused
         self.code = code

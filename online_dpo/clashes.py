@@ -24,6 +24,19 @@ MAX_P_MARGIN = 0.5
 
 PEOPLE = "human"
 """The judge that asks people."""
+CALLING = (
+    "concurrency",
+    "retries",
+    "deadline_s",
+    "requests_per_minute",
+    "tokens_per_minute",
+    "service_tier",
+    "batch",
+    "max_invalid",
+    "max_invalid_after",
+    "reuse_from",
+)
+"""Settings of judges that call an API."""
 
 _FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
@@ -59,10 +72,11 @@ def of_judge(
     `priced` is False where the judge says that it knows no price for its calls.
     """
     name = config.name
-    if config.budget is not None and not priced:
+    if config.budget.max_usd is not None and not priced:
         yield (
-            "judge.budget cannot be kept without a price: set "
-            f"{section}.options.price_per_million: [IN, OUT] in dollars, [0, 0] where it is free"
+            "judge.budget.max_usd cannot be kept without a price: the price file has none for the "
+            f"model of {section} at its endpoint and tier. Set {section}.options.price_per_million"
+            ": [IN, OUT] in dollars ([0, 0] where it is free), or name a price file in judge.prices"
         )
     for field in () if compares else ("orders", "comparisons"):
         if is_given(config, field):
@@ -75,7 +89,7 @@ def of_judge(
             f"{section}.scale makes p of two scores; {name!r} compares and gives p itself. Leave "
             f"{section}.scale out"
         )
-    for field in () if mode == "async" else ("concurrency", "retries"):
+    for field in () if mode == "async" else CALLING:
         if is_given(config, field):
             yield (
                 f"{section}.{field} is for judges that call an API; {name!r} makes no calls. Leave "
@@ -98,13 +112,24 @@ def of_judge(
         )
 
 
-def with_judges(config: Config, pays: bool, compares: bool) -> Iterator[str]:
-    """What does not go with the judges: `pays`, one may make paid calls; `compares`, labels do."""
+def with_judges(
+    config: Config, pays: bool, compares: bool, *, also_priced: bool = True
+) -> Iterator[str]:
+    """What does not go with the judges: `pays`, one may make paid calls; `compares`, labels do.
+
+    `also_priced` is False where nobody knows what sampling.also costs.
+    """
+    if config.judge.budget.max_usd is not None and not also_priced:
+        yield (
+            "sampling.also.price_per_million: judge.budget.max_usd cannot be kept without it, and "
+            "the price file has none for that model there; give [IN, OUT] in dollars, [0, 0] where "
+            "it is free"
+        )
     buys = pays or config.sampling.also is not None
-    for field in () if buys else ("budget", "max_calls"):
+    for field in () if buys else ("budget", "prices"):
         if is_given(config.judge, field):
             yield (
-                f"judge.{field} limits paid calls, and neither the judge {config.judge.name!r} nor "
+                f"judge.{field} is for paid calls, and neither the judge {config.judge.name!r} nor "
                 f"another part of this campaign makes any. Leave judge.{field} out"
             )
     if compares and config.pairs.min_margin > MAX_P_MARGIN:
@@ -150,12 +175,6 @@ def _sampling(config: Config) -> Iterator[str]:
     for field in ("top_p", "top_k"):
         if sampling.temperature == 0 and is_given(sampling, field):
             yield f"sampling.{field} does nothing to greedy decoding (sampling.temperature: 0)"
-    also = sampling.also
-    if also is not None and also.price_per_million is None and config.judge.budget is not None:
-        yield (
-            "sampling.also.price_per_million: judge.budget cannot be kept without it; give "
-            "[IN, OUT] in dollars, [0, 0] where it is free"
-        )
     reached = all(endpoint.reload_url for endpoint in sampling.endpoints)
     if not reached and sampling.reload_command is None:
         yield (

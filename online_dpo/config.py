@@ -190,7 +190,7 @@ class AnswerSource(Section):
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key."""
     price_per_million: tuple[NonNegative, NonNegative] | None = None
-    """Dollars per million tokens, in and out; [0, 0] is free; a judge.budget needs it."""
+    """Dollars per million tokens, in and out; [0, 0] is free; None takes the price file's."""
 
 
 class SamplingConfig(Section):
@@ -239,6 +239,29 @@ class SamplingConfig(Section):
         return self
 
 
+class BudgetConfig(Section):
+    """What all paid calls of the campaign may use together, evaluation and sampling.also included.
+
+    A call is sent only where each limit has room for the most that it may use.
+    """
+
+    max_usd: Positive | None = None
+    """Dollars; None is without limit."""
+    max_calls: Count | None = None
+    """Calls that were or may have been answered; None is without limit."""
+    max_tokens: Count | None = None
+    """Tokens in and out; None is without limit."""
+
+
+class BatchConfig(Section):
+    """Calls handed in by the batch, which an endpoint answers within a day, at a lower price."""
+
+    max_requests: Annotated[int, Field(ge=1, le=50_000)] = 10_000
+    """Most calls in one batch."""
+    poll_s: Positive = 60.0
+    """Seconds between two looks at a batch under way."""
+
+
 class JudgeConfig(Section):
     """Who says which response is better, and how it is asked."""
 
@@ -260,10 +283,39 @@ class JudgeConfig(Section):
     """Deadline of one judgement, retries excluded."""
     retries: Annotated[int, Field(ge=0, le=20)] = 4
     """Further attempts after a rate limit, a timeout or a server error."""
-    budget: Positive | None = None
-    """Dollars for all paid calls of the campaign; None is without limit."""
-    max_calls: Count | None = None
-    """Paid calls of the whole campaign; None is without limit."""
+    deadline_s: Positive = 600.0
+    """Longest that one call may take, its retries and the pauses between them included."""
+    requests_per_minute: Count | None = None
+    """Requests sent in a minute at most; None is without limit."""
+    tokens_per_minute: Count | None = None
+    """Tokens in and out of the requests of a minute; None is without limit."""
+    service_tier: Annotated[str, _NOT_EMPTY] | None = None
+    """The endpoint's service tier, e.g. flex; None asks for none."""
+    batch: BatchConfig | None = None
+    """The endpoint's batch API instead of single requests; {} takes it as it is."""
+    prices: str | None = None
+    """A price file of your own; None takes the shipped one."""
+    budget: BudgetConfig = BudgetConfig()
+    """Limits of the whole campaign."""
+    max_invalid: Share = 0.2
+    """Share of a round's answers without a verdict that stops it; 1 never does."""
+    max_invalid_after: Count = 50
+    """Answers from which on that share counts."""
+    reuse_from: list[str] = []
+    """Run directories whose ledgers answer identical calls; they are only read."""
+
+    @model_validator(mode="after")
+    def _one_way_of_sending(self) -> JudgeConfig:
+        if self.batch is None:
+            return self
+        single = ("service_tier", "requests_per_minute", "tokens_per_minute", "concurrency")
+        for field in (*single, "deadline_s"):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                raise ValueError(
+                    f"{field} is for single requests, and batch hands all calls in by the batch; "
+                    f"leave one of the two out"
+                )
+        return self
 
 
 class OfflinePairs(Section):
@@ -618,9 +670,9 @@ class Config(Section):
                 "other machines connect to it"
             )
         own = self.evaluation.judge
-        if own is not None and (own.budget is not None or own.max_calls is not None):
+        if own is not None and (own.budget != BudgetConfig() or own.prices is not None):
             raise ValueError(
-                "judge.budget and judge.max_calls hold for the whole campaign, evaluation and "
+                "judge.budget and judge.prices hold for the whole campaign, evaluation and "
                 "sampling.also included; evaluation.judge takes none of its own"
             )
         self._adapter_types()
@@ -707,5 +759,8 @@ class Config(Section):
 
     @property
     def eval_judge(self) -> JudgeConfig:
-        """The judge of evaluations."""
-        return self.evaluation.judge or self.judge
+        """The judge of evaluations, under the campaign's budget and prices."""
+        if self.evaluation.judge is None:
+            return self.judge
+        shared = {"budget": self.judge.budget, "prices": self.judge.prices}
+        return self.evaluation.judge.model_copy(update=shared)

@@ -80,6 +80,11 @@ def load_config(
     return LoadedConfig(config, file.parent, str(file))
 
 
+def load_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a file, read as configs are. Raises ConfigError."""
+    return _parse(_read(file), str(file), Lines())
+
+
 def config_from_dict(
     data: Mapping[str, Any], overrides: Sequence[str] = (), *, base: Path | None = None
 ) -> LoadedConfig:
@@ -279,6 +284,9 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
         judge["name"] = _resolve_code(judge["name"], base)
         if judge["name"] == PEOPLE and isinstance(gold := judge["options"].get("gold"), str):
             judge["options"]["gold"] = _resolve_table(gold, base)
+        judge["reuse_from"] = [_resolve_run(run, base) for run in judge["reuse_from"]]
+    if data["judge"]["prices"] is not None:
+        data["judge"]["prices"] = str(find_data(data["judge"]["prices"], base=base))
     data["pairs"]["selector"] = _resolve_code(data["pairs"]["selector"], base)
     campaign = data["campaign"]
     campaign["name"] = campaign["name"] or stem
@@ -300,3 +308,8 @@ def _resolve_code(name: str, base: Path) -> str:
     if not colon or not target.endswith(".py"):
         return name
     return f"{find_data(target, base=base)}:{attribute}"
+
+
+def _resolve_run(path: str, base: Path) -> str:
+    """An earlier run's directory, absolute: beside the config, else from the working directory."""
+    return os.path.abspath(base / path if (base / path).is_dir() else path)

@@ -8,21 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from online_dpo.clashes import CALLING
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
 from online_dpo.endings import ARTIFACTS, asked_of_people, redo_command, resume_command
 from online_dpo.errors import CorruptError, DriftError
 from online_dpo.store import RoundDir, RunDir
 
+ASKING = (*CALLING, "timeout_s")
+"""Settings of a judge that say how it is asked, and not what."""
+
 OPERATIONAL = (
     "judge.budget",
-    "judge.max_calls",
-    "judge.concurrency",
-    "judge.timeout_s",
-    "judge.retries",
-    "evaluation.judge.concurrency",
-    "evaluation.judge.timeout_s",
-    "evaluation.judge.retries",
+    "judge.prices",
+    *(f"judge.{field}" for field in ASKING),
+    *(f"evaluation.judge.{field}" for field in ASKING),
     "evaluation.examples",
     "campaign.name",
     "campaign.rounds",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from online_dpo.errors import (
     ConfigError,
     CorruptError,
     DivergedError,
+    JudgeError,
     NoPairsError,
     SignalError,
     WaitingError,
@@ -59,6 +61,8 @@ def remedy_for(error: CampaignError | SignalError, folder: RunDir, config: Confi
         return f"{label_command(folder)}; {resume}"
     if isinstance(error, BudgetError):
         return f"{resume} {_raised_limit(error, config)}"
+    if isinstance(error, JudgeError) and (field := _invalid_share(error)) is not None:
+        return f"{resume} --set {field}=1"
     if isinstance(error, NoPairsError):
         return _for_more_pairs(error, last, config, resume)
     if isinstance(error, DivergedError):
@@ -112,9 +116,15 @@ def _committed(round_dir: RoundDir) -> list[str]:
 
 def _raised_limit(error: BudgetError, config: Config) -> str:
     """Twice of what was reached; the user sees the figure and may take another."""
-    if "judge.max_calls" in error.message:
-        return f"--set judge.max_calls={2 * (config.judge.max_calls or 1)}"
-    return f"--set judge.budget={2 * (config.judge.budget or 1.0):g}"
+    limits = config.judge.budget.model_dump()
+    name = next(name for name in limits if f"judge.budget.{name}" in error.message)
+    return f"--set judge.budget.{name}={2 * (limits[name] or 1):.15g}"
+
+
+def _invalid_share(error: JudgeError) -> str | None:
+    """The setting that stopped a round for its share of invalid replies, where one did."""
+    found = re.search(r"(?:evaluation\.)?judge\.max_invalid\b", error.message)
+    return None if found is None else found[0]
 
 
 def _for_more_pairs(error: NoPairsError, last: RoundDir, config: Config, resume: str) -> str:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.askers import OnEvent
-from online_dpo.calls import CallContext, Door, Limits
+from online_dpo.calls import CallContext
 from online_dpo.config import JudgeConfig
 from online_dpo.deadline import Deadline
+from online_dpo.door import Door
 from online_dpo.errors import JudgeError
+from online_dpo.invalid_replies import InvalidReplies
 from online_dpo.judge_forms import Answer, Form
 from online_dpo.verdicts import Question
 
@@ -29,22 +31,21 @@ _Item = tuple[int, Answer] | dict[str, Any]
 
 
 class LoopAsker:
-    """Asks up to `concurrency` questions at once; paid calls go through one door and one ledger."""
+    """Asks up to `concurrency` questions, or a batch of them, at once.
 
-    def __init__(self, form: Form, config: JudgeConfig, ledger_path: Path, *, seed: int) -> None:
+    Paid calls go through one door and one ledger.
+    """
+
+    def __init__(
+        self, form: Form, config: JudgeConfig, ledger_path: Path, *, seed: int, section: str
+    ) -> None:
+        """`section` is where the config stands in the campaign's. Raises ConfigError."""
         self._form = form
         self._config = config
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._invalid = InvalidReplies(config, section)
         self._door = Door(
-            ledger_path,
-            judge=config.name,
-            version=form.version,
-            seed=seed,
-            limits=Limits(config.budget, config.max_calls),
-            concurrency=config.concurrency,
-            timeout_s=config.timeout_s,
-            retries=config.retries,
-            on_event=self._items.put,
+            ledger_path, config, version=form.version, seed=seed, on_event=self._items.put
         )
         self._loop = asyncio.new_event_loop()
         # Waited for instead of the thread: a signal that interrupts Thread.join makes CPython
@@ -65,6 +66,7 @@ class LoopAsker:
     ) -> Generator[tuple[int, Answer], None, None]:
         """Yield (index, answer) as they come. Events of the door are passed on from this thread."""
         self._beat = time.monotonic()
+        self._invalid.begin(purpose, round)
         work = self._answer_all(questions, purpose, round)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -131,7 +133,9 @@ class LoopAsker:
         async def work() -> None:
             for index, question in jobs:
                 try:
-                    self._items.put((index, await self._answer(question, purpose, round)))
+                    answer = await self._answer(question, purpose, round)
+                    self._items.put((index, answer))
+                    self._invalid.count(question, answer)
                 except Exception as error:
                     failures.append(error)
                     self._door.refuse()
@@ -140,7 +144,7 @@ class LoopAsker:
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self._config.concurrency, len(questions))):
+                for _ in range(min(self._num_at_once, len(questions))):
                     group.create_task(work())
         finally:
             heart.cancel()
@@ -163,7 +167,14 @@ class LoopAsker:
             ) from None
         if self._door.fatal is not None:  # even where the judge has caught it
             raise self._door.fatal
+        calls.conclude(answer)
         return answer
+
+    @property
+    def _num_at_once(self) -> int:
+        """Questions to ask at once: as many as are in flight, or as fill a batch."""
+        batch = self._config.batch
+        return self._config.concurrency if batch is None else batch.max_requests
 
     async def _heartbeat(self) -> None:
         while True:

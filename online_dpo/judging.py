@@ -32,6 +32,7 @@ from online_dpo.judge_forms import Answer, Form, Mode, is_built_in, make_form, m
 from online_dpo.judge_loop import LoopAsker
 from online_dpo.judge_worker import JudgeProcess
 from online_dpo.own_model import OwnModelAsker, OwnModels, Who
+from online_dpo.prices import is_priced
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
 from online_dpo.verdicts import (
     Kind,
@@ -85,6 +86,7 @@ class Labeller:
         self._base = base
         self._ledger_path = ledger_path
         self._env = dict(env or {})
+        self._section = section
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
@@ -229,7 +231,7 @@ class Labeller:
     def _take(self, form: Form, mode: Mode) -> None:
         """Use a judge that runs in this process."""
         self.kind, self.mode, self._version = form.kind, mode, form.version
-        self._priced = getattr(form.judge, "price", ()) is not None
+        self._priced = is_priced(form.judge, self.config)
         if mode == "inline":
             self._asker = InlineAsker(form)
         elif mode == "own_model":
@@ -241,7 +243,9 @@ class Labeller:
             self._asker = PeopleAsker(form, run=self._ledger_path.parent, seed=self._seed)
         else:
             _check_key(form.judge)
-            self._asker = LoopAsker(form, self.config, self._ledger_path, seed=self._seed)
+            self._asker = LoopAsker(
+                form, self.config, self._ledger_path, seed=self._seed, section=self._section
+            )
 
     def _ask(
         self, questions: Sequence[Question], purpose: str, on_share: OnShare | None

@@ -2,9 +2,10 @@
 
 A call's attempt is one row: sent, with its reservation, then settled (a reply came), failed
 (refused, nothing charged) or unknown (it may have been charged: a timeout, a broken connection, a
-crash with the call in flight). Unknown rows are charged at their reservation, so that the ledger
-never says less than the bill. Reserving and noting as sent are one commit: nothing is waited for
-in between. Money is counted in whole picodollars, so that sums are exact.
+crash with the call in flight). Unknown rows are charged at their reservation, or by the usage that
+an unusable reply gave, so that the ledger never says less than the bill. A row that is reused holds
+an answer that another ledger paid for. Reserving and noting as sent are one commit: nothing is
+waited for in between. Money is counted in whole picodollars, so that sums are exact.
 
 The journal is a rollback journal: WAL needs shared memory, which network file systems do not give.
 TRUNCATE with synchronous=FULL syncs the emptied journal too, so that a committed row survives a
@@ -18,7 +19,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from online_dpo import ledger_table as table
 from online_dpo.errors import BudgetError, CorruptError, DiskError
 from online_dpo.files import disk_faults, fsync_path
-from online_dpo.ledger_table import Entry, Totals
+from online_dpo.ledger_rows import NO_ROWS, Batch, Entry, Limits, Totals
 
 T = TypeVar("T")
 
@@ -53,37 +54,64 @@ class Ledger:
         threading.Thread(target=self._run, name="ledger", daemon=True).start()
         ready.result()
 
-    def settled(self, key: str) -> Future[Entry | None]:
-        """The settled row of a key, if there is one. Raises CorruptError where it was altered."""
-        return self._submit(lambda db: table.settled(db, key))
+    def find(self, key: str) -> Future[Entry | None]:
+        """The row that answers a key, or that is in a batch of an earlier process, if there is one.
 
-    def send(
-        self, entry: Entry, *, max_charge: int | None = None, max_calls: int | None = None
-    ) -> Future[Entry]:
+        Raises CorruptError where it was altered.
+        """
+        return self._submit(lambda db: table.find(db, key))
+
+    def send(self, entry: Entry, limits: Limits = Limits()) -> Future[Entry]:  # noqa: B008
         """Reserve for a new attempt that is about to leave; `attempt` is numbered here.
 
         Raises BudgetError, and writes nothing, where the limits leave no room for it.
         """
-        return self._submit(lambda db: table.send(db, entry, max_charge, max_calls))
+        return self._submit(lambda db: table.send(db, entry, limits))
+
+    def reuse(self, entry: Entry) -> Future[Entry]:
+        """Keep an answer that was paid for elsewhere."""
+        return self._submit(lambda db: table.reuse(db, entry))
+
+    def conclude(self, keys: Sequence[str], verdict: str) -> Future[None]:
+        """Keep what a judge read off the answers to these keys, as JSON."""
+        return self._submit(lambda db: table.conclude(db, keys, verdict))
 
     def settle(self, entry: Entry, **reply: Any) -> Future[Entry]:
-        """Keep the reply, given as the columns of Entry from `cost` to `logprobs`.
+        """Keep the reply, given as columns of Entry.
 
         Like `fail` and `lose`, it leaves a row that is final already as it is.
         """
         settled = replace(entry, state="settled", **reply)
         return self._submit(lambda db: table.end(db, settled))
 
-    def fail(self, entry: Entry, reason: str) -> Future[Entry]:
+    def fail(self, entry: Entry, reason: str, **columns: Any) -> Future[Entry]:
         """Note that the attempt came to nothing and costs nothing."""
-        failed = replace(entry, state="failed", reason=reason)
+        failed = replace(entry, state="failed", reason=reason, **columns)
         return self._submit(lambda db: table.end(db, failed))
 
-    def lose(self, entry: Entry, reason: str) -> Future[Entry]:
-        """Note that the attempt's fate is unknown; it is charged at its reservation."""
-        return self._submit(
-            lambda db: table.end(db, replace(entry, state="unknown", reason=reason))
-        )
+    def lose(self, entry: Entry, reason: str, **columns: Any) -> Future[Entry]:
+        """Note that the attempt gave no answer and may be billed.
+
+        It is charged at `cost` where the columns hold one, and else at its reservation.
+        """
+        lost = replace(entry, state="unknown", reason=reason, **columns)
+        return self._submit(lambda db: table.end(db, lost))
+
+    def hand_in(self, batch: Batch, entries: Sequence[Entry]) -> Future[None]:
+        """Note that these calls are about to be handed in as a batch: it may exist from now on."""
+        return self._submit(lambda db: table.hand_in(db, batch, entries))
+
+    def handed_in(self, batch: Batch, remote: str) -> Future[Batch]:
+        """Note the endpoint's id of a batch."""
+        return self._submit(lambda db: table.handed_in(db, batch, remote))
+
+    def batch(self, id: str) -> Future[Batch]:
+        """A batch by our own id for it."""
+        return self._submit(lambda db: table.batch(db, id))
+
+    def withdraw(self, entry: Entry, reason: str) -> Future[None]:
+        """Note that a call reserved for a batch never left, unless it did."""
+        return self._submit(lambda db: table.withdraw(db, entry, reason))
 
     def totals(self) -> Future[Totals]:
         """What all rows count for."""
@@ -138,7 +166,7 @@ class _Job:
         return self.future.set_running_or_notify_cancel()
 
 
-def check_ledger(path: Path, rows: int = 0, sha256: str = table.NO_ROWS) -> None:
+def check_ledger(path: Path, rows: int = 0, sha256: str = NO_ROWS) -> None:
     """Hash a ledger anew from its first row to its last; to be called once a start.
 
     Raises CorruptError where a row was altered or is missing, and unless the ledger still begins
@@ -152,6 +180,28 @@ def check_ledger(path: Path, rows: int = 0, sha256: str = table.NO_ROWS) -> None
         raise CorruptError(f"{path} is not the ledger that the labels were made with.")
 
 
+def open_checked(path: Path) -> sqlite3.Connection:
+    """Another run's ledger, for reading alone, its every row's hash checked.
+
+    Raises CorruptError where one was altered or the file cannot be read as it is.
+    """
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=30.0, check_same_thread=False
+    )
+    try:
+        _check_version(db, path)
+        table.check(db, path, 0)
+    except sqlite3.Error as error:
+        db.close()
+        raise CorruptError(
+            f"{path} cannot be read ({error}). If its run was killed, resume that run first."
+        ) from error
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
 def digest_of(path: Path) -> tuple[int, str]:
     """(number of final rows, their running hash) of a ledger that may not exist.
 
@@ -159,7 +209,7 @@ def digest_of(path: Path) -> tuple[int, str]:
     Final rows are never changed: the hash after the first n stays what it was.
     """
     if not path.is_file():
-        return 0, table.NO_ROWS
+        return 0, NO_ROWS
     totals = _read(path, table.totals)
     return totals.final, totals.sha256
 
@@ -180,7 +230,10 @@ def _read(path: Path, run: Callable[[sqlite3.Connection], T]) -> T:
 def _check_version(db: sqlite3.Connection, path: Path) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version != table.SCHEMA:
-        raise CorruptError(f"{path} is no ledger of this version (schema {version}).")
+        raise CorruptError(
+            f"{path} is no ledger of this version: its schema is {version}, and {table.SCHEMA} is "
+            "read here. Go on with the version that wrote it, or start in another run directory."
+        )
 
 
 def _open(path: Path) -> sqlite3.Connection:

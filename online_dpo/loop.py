@@ -17,6 +17,7 @@ from online_dpo.judging import Labeller
 from online_dpo.ledger import LEDGER
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
 from online_dpo.own_model import who_judges_whom
+from online_dpo.prices import also_priced
 from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
 from online_dpo.retention import KeptRound, deletable
@@ -64,7 +65,8 @@ class Loop:
         judges = [self._labeller(evaluation, None) for evaluation in (False, True)]
         pays = any(judge.mode == "async" for judge in judges)
         compares = judges[0].kind == "compare"
-        if (problem := next(with_judges(self._config, pays, compares), None)) is not None:
+        problems = with_judges(self._config, pays, compares, also_priced=also_priced(self._config))
+        if (problem := next(problems, None)) is not None:
             raise ConfigError(f"{problem}.")
         if judges[0].mode == "own_model":
             evaluates = judges[1].mode == "own_model"
@@ -150,8 +152,6 @@ class Loop:
         number = 0 if context is None else context.round.number
         own_models = None if context is None else RoundModels(context)
         config = self._config.eval_judge if evaluation else self._config.judge
-        shared = {"budget": self._config.judge.budget, "max_calls": self._config.judge.max_calls}
-        config = config.model_copy(update=shared)
         for known, labeller in self._judges:
             if known == config:
                 labeller.round, labeller.own_models = number, own_models

@@ -18,6 +18,7 @@ from online_dpo.judge_forms import Mode, is_built_in, kind_of, make_form, mode_o
 from online_dpo.judge_worker import JudgeProcess
 from online_dpo.loss_rules import describe_loss
 from online_dpo.plugins import resolve
+from online_dpo.prices import also_priced, is_priced
 from online_dpo.resources import find_data
 from online_dpo.stages.pair import find_selector
 
@@ -52,9 +53,9 @@ def check_config(config: Config) -> Plan:
     env = hiding_gpus(config.compute.device)
     judges = [_checked_judge(config.judge, "judge", env)]
     if config.evaluation.judge is not None:
-        judges.append(_checked_judge(config.evaluation.judge, "evaluation.judge", env))
+        judges.append(_checked_judge(config.eval_judge, "evaluation.judge", env))
     pays = any(judge.mode == "async" for judge in judges)
-    _refuse(with_judges(config, pays, judges[0].compares))
+    _refuse(with_judges(config, pays, judges[0].compares, also_priced=also_priced(config)))
     runs_on, here = _machine(config)
     return Plan(_describe(config, judges[0].compares, runs_on), here)
 
@@ -156,8 +157,7 @@ def _built_in(judge: JudgeConfig) -> _Judge:
     target = resolve(judge.name)
     if mode_of(target) != "worker":
         form = make_form(judge.name, judge.options, None)
-        priced = getattr(form.judge, "price", ()) is not None
-        return _Judge(form.kind == "compare", form.mode, priced)
+        return _Judge(form.kind == "compare", form.mode, is_priced(form.judge, judge))
     try:
         inspect.signature(target).bind(**judge.options)
     except TypeError as error:

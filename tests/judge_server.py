@@ -25,6 +25,11 @@ class Say:
     refusal: str | None = None
     logprobs: Sequence[tuple[str, dict[str, float]]] | None = None
     """Each token with the log-probs of the likeliest ones in its place, its own among them."""
+    model: str = "test-model-2"
+    tokens: tuple[int, int] = (TOKENS_IN, TOKENS_OUT)
+    cached: int | None = None
+    """Tokens in that are said to come from a cache."""
+    tier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Raw:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     content_type: str = "application/json"
+    tokens: tuple[int, int] | None = None
+    """What it is billed at all the same."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Hang:
     """Nothing comes, or with `drip` a byte of a proper reply now and then, until the end."""
 
     drip: bool = False
+    tokens: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,14 @@ class JudgeServer:
     """Serves on a port of its own while used as a context manager.
 
     `answer(request, number)` gives the reply to the number-th request, counted from 0. `requests`
-    holds every request's body, `num_billed` counts the proper replies.
+    holds every request's body, `num_billed` counts the proper replies, `bill` is what all replies
+    that were paid for came to, in tokens in and out.
     """
 
     def __init__(self, answer: Callable[[Request, int], Answer]) -> None:
         self.requests: list[Request] = []
         self.num_billed = 0
+        self.bill = (0, 0)
         self._answer = answer
         self._lock = threading.Lock()
         self._ending = threading.Event()
@@ -108,10 +118,16 @@ class JudgeServer:
             number = len(self.requests)
             self.requests.append(request)
         answer = self._answer(request, number)
-        if isinstance(answer, Say):
-            with self._lock:
-                self.num_billed += 1
+        used = getattr(answer, "tokens", None)
+        with self._lock:
+            self.num_billed += isinstance(answer, Say)
+            if used is not None:
+                self.bill = (self.bill[0] + used[0], self.bill[1] + used[1])
         return answer
+
+    def other(self, method: str, path: str, content_type: str, body: bytes) -> Raw:
+        """The reply to a request for anything but a chat completion."""
+        return Raw('{"error": {"message": "no such path"}}', 404)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -120,15 +136,22 @@ class JudgeServer:
             protocol_version = "HTTP/1.1"
             timeout = 20.0
 
+            def do_GET(self) -> None:
+                self._reply(server.other("GET", self.path, "", b""))
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                if not self.path.endswith("/chat/completions"):
+                    kind = self.headers["Content-Type"]
+                    self._reply(server.other("POST", self.path, kind, body))
+                    return
                 answer = server.take(json.loads(body))
                 if isinstance(answer, Reset):
                     self.close_connection = True
                 elif isinstance(answer, Hang):
                     self._hang(answer)
                 else:
-                    self._reply(answer if isinstance(answer, Raw) else _completion(answer))
+                    self._reply(answer if isinstance(answer, Raw) else _whole(answer))
 
             def _reply(self, raw: Raw) -> None:
                 body = raw.body.encode()
@@ -148,7 +171,7 @@ class JudgeServer:
                 if not hang.drip:
                     server._ending.wait(20.0)
                     return
-                body = _completion(Say("[[A]]")).body.encode()
+                body = _whole(Say("[[A]]")).body.encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
@@ -164,6 +187,10 @@ class JudgeServer:
         return Handler
 
 
+def _whole(say: Say) -> Raw:
+    return Raw(json.dumps(completion(say)))
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
@@ -172,7 +199,8 @@ class _Server(ThreadingHTTPServer):
         """A client that has gone away is part of the tests."""
 
 
-def _completion(say: Say) -> Raw:
+def completion(say: Say) -> dict[str, Any]:
+    """The body of a reply."""
     message = {"role": "assistant", "content": say.text, "refusal": say.refusal}
     choice = {"index": 0, "message": message, "finish_reason": say.finish_reason}
     if say.logprobs is not None:
@@ -180,19 +208,26 @@ def _completion(say: Say) -> Raw:
         for token, (_, top) in zip(tokens, say.logprobs, strict=True):
             token["top_logprobs"] = [_token(*other) for other in top.items()]
         choice["logprobs"] = {"content": tokens, "refusal": None}
-    body = {
+    body: dict[str, Any] = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
-        "model": "test-model-2",
+        "model": say.model,
         "choices": [choice],
-        "usage": {
-            "prompt_tokens": TOKENS_IN,
-            "completion_tokens": TOKENS_OUT,
-            "total_tokens": TOKENS_IN + TOKENS_OUT,
-        },
+        "usage": usage_of(*say.tokens),
     }
-    return Raw(json.dumps(body))
+    if say.tier is not None:
+        body["service_tier"] = say.tier
+    if say.cached is not None:
+        body["usage"]["prompt_tokens_details"] = {"cached_tokens": say.cached}
+    return body
+
+
+def usage_of(tokens_in: int, tokens_out: int) -> dict[str, Any]:
+    total = tokens_in + tokens_out
+    return {
+        "prompt_tokens": tokens_in, "completion_tokens": tokens_out, "total_tokens": total
+    }  # fmt: skip
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:

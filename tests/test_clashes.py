@@ -9,7 +9,7 @@ import pytest
 from tiny import in_child, tiny_config
 
 from online_dpo.clashes import in_config, of_judge, on_machine, with_judges
-from online_dpo.config import Config, JudgeConfig
+from online_dpo.config import BudgetConfig, Config, JudgeConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError
 
@@ -46,7 +46,6 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"prompts": {"eval": [{"path": "d", "answer_field": "a"}]}}, "eval.0.answer_field"),
         ({"sampling": {"temperature": 0, "n": 1, "top_p": 0.9, "also": ALSO}}, "sampling.top_p"),
         ({"sampling": {"temperature": 0, "n": 1, "top_k": 9, "also": ALSO}}, "sampling.top_k"),
-        ({"sampling": {"also": ALSO}, "judge": {"budget": 1}}, "also.price_per_million"),
         ({"sampling": {**SERVERS, "reload_command": None}}, "needs a way to give each round"),
         ({"sampling": {"engine": {"tensor_parallel_size": "two"}}}, "'two' is no number of GPUs"),
         ({"sampling": {"engine": {"data_parallel_size": 0}}}, "engine.data_parallel_size: 0 is"),
@@ -157,12 +156,14 @@ def test_what_a_judge_does_not_read_is_refused(
 
 
 def test_a_budget_needs_a_price_and_something_to_pay_for() -> None:
-    budget = JudgeConfig(name="j", budget=1.0)
+    budget = JudgeConfig(name="j", budget=BudgetConfig(max_usd=1.0))
     found = of_judge(budget, section="evaluation.judge", compares=True, mode="async", priced=False)
-    assert "set evaluation.judge.options.price_per_million" in next(found)
-    settings = config(judge={"max_calls": 3})
-    assert "judge.max_calls limits paid calls" in next(with_judges(settings, False, False))
+    assert "Set evaluation.judge.options.price_per_million" in next(found)
+    settings = config(judge={"budget": {"max_usd": 3}})
+    assert "judge.budget is for paid calls" in next(with_judges(settings, False, False))
     assert not list(with_judges(settings, True, False))
+    also = next(with_judges(settings, True, False, also_priced=False))
+    assert "sampling.also.price_per_million" in also
 
 
 def test_a_margin_that_no_comparison_reaches_is_refused() -> None:

@@ -130,7 +130,7 @@ def test_an_override_is_named_where_a_combination_fails(minimal: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["train.weight_decay", "sampling.temperature", "judge.budget"])
+@pytest.mark.parametrize("key", ["train.weight_decay", "sampling.temperature", "judge.timeout_s"])
 def test_what_is_not_finite_is_refused(minimal: Path, key: str) -> None:
     assert f"{key}: input should be a finite number" in error_of(minimal, MINIMAL, f"{key}=1e999")
 

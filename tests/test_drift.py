@@ -31,7 +31,7 @@ def check(run: RunDir, key: str, new: Any = 2, *, accept: bool = True) -> None:
 
 
 def test_operational_settings_change_freely(stopped: RunDir) -> None:
-    check(stopped, "judge.budget", accept=False)
+    check(stopped, "judge.budget.max_usd", accept=False)
     check(stopped, "campaign.rounds", 5, accept=False)
     check(stopped, "evaluation.examples", accept=False)
     check(stopped, "sampling.endpoints.0.url", accept=False)

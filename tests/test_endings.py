@@ -14,7 +14,7 @@ from tiny import in_child, tiny_config
 
 from online_dpo.drift import current_config
 from online_dpo.endings import remedy_for, safe_on_disk
-from online_dpo.errors import BudgetError, CorruptError
+from online_dpo.errors import BudgetError, CorruptError, JudgeError
 from online_dpo.store import RunDir
 
 
@@ -120,10 +120,18 @@ def test_damage_of_the_round_under_way_is_made_again(stopped: RunDir) -> None:
     assert remedy(stopped, earlier) == f"bring the file back from a copy, then: {resume}"
 
 
+LIMITS = {"max_usd": 3.0, "max_calls": 7, "max_tokens": 10_000_000}
+
+
 def test_a_limit_that_was_reached_is_the_one_to_raise(tmp_path: Path) -> None:
-    judge = {"name": "llm_pairwise", "options": {"model": "m"}, "budget": 3.0, "max_calls": 7}
+    judge = {"name": "llm_pairwise", "options": {"model": "m"}, "budget": LIMITS}
     run = RunDir(make_run(tmp_path, rounds=3, finished=2, config={"judge": judge}))
-    spent = BudgetError("The labelling budget of $3 ... Raise judge.budget to go on.")
-    assert remedy(run, spent).endswith("--set judge.budget=6")
-    asked = BudgetError("The limit of 7 judge calls is reached. Raise judge.max_calls to go on.")
-    assert remedy(run, asked).endswith("--set judge.max_calls=14")
+    for name, limit in LIMITS.items():
+        spent = BudgetError(f"No room for another call. Raise judge.budget.{name} to go on.")
+        assert remedy(run, spent).endswith(f"--set judge.budget.{name}={2 * limit:.15g}")
+
+
+def test_a_judge_that_gave_too_few_verdicts_is_borne_on_demand(stopped: RunDir) -> None:
+    invalid = JudgeError("... and judge.max_invalid is 0.2 ... Mend the judge, or raise it.")
+    assert remedy(stopped, invalid).endswith("--set judge.max_invalid=1")
+    assert remedy(stopped, JudgeError("HTTP 500")).endswith(str(stopped.path))

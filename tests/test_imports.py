@@ -21,7 +21,7 @@ LIGHT = [
 ]
 ALLOWED = {
     "vllm": {"samplers/vllm.py"},
-    "openai": {"samplers/openai_server.py", "openai_client.py"},
+    "openai": {"samplers/openai_server.py", "openai_client.py", "openai_batches.py"},
 }
 
 

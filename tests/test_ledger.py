@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError, CorruptError, DiskError
 from online_dpo.ledger import Ledger, check_ledger, digest_of
-from online_dpo.ledger_table import SESSION, Entry
+from online_dpo.ledger_rows import Entry, Limits, session
 
 REPLY: dict[str, Any] = {
     "cost": 40,
@@ -33,9 +35,9 @@ REPLY: dict[str, Any] = {
 
 def call(key: str, *, reserved: int | None = 100) -> Entry:
     return Entry(
-        key=key, attempt=0, state="sent", session=SESSION, seq=None, judge="j", version="1",
+        key=key, attempt=0, state="sent", session=session(), seq=None, judge="j", version="1",
         model="m", purpose="label", round=1, prompt_id="p", response_ids='["a", "b"]', swapped=0,
-        vote=0, reserved=reserved,
+        vote=0, reserved=reserved, reserved_tokens=100,
     )  # fmt: skip
 
 
@@ -47,15 +49,15 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def test_a_settled_answer_is_found_again_as_it_was(ledger: Ledger) -> None:
-    assert ledger.settled("k").result() is None
+    assert ledger.find("k").result() is None
     sent = ledger.send(call("k")).result()
     assert (sent.attempt, sent.state) == (1, "sent")
-    assert ledger.settled("k").result() is None
+    assert ledger.find("k").result() is None
     settled = ledger.settle(sent, **REPLY).result()
     ledger.close()
     reopened = Ledger(ledger.path)
     try:
-        assert reopened.settled("k").result() == settled
+        assert reopened.find("k").result() == settled
         assert settled.reply == REPLY["reply"]
     finally:
         reopened.close()
@@ -79,23 +81,62 @@ def test_a_reply_is_not_lost_to_a_later_doubt(ledger: Ledger) -> None:
     sent = ledger.send(call("k")).result()
     ledger.settle(sent, **REPLY)
     assert ledger.lose(sent, "cancelled").result().state == "settled"
-    found = ledger.settled("k").result()
+    found = ledger.find("k").result()
     assert found is not None and found.reply == REPLY["reply"]
     assert ledger.totals().result().charged == 40
 
 
 def test_the_limits_count_what_is_in_flight(ledger: Ledger) -> None:
-    ledger.send(call("a"), max_charge=250).result()
-    second = ledger.send(call("b"), max_charge=250).result()
-    with pytest.raises(BudgetError, match=r"no room for another call.*judge\.budget") as caught:
-        ledger.send(call("c"), max_charge=250).result()
-    assert caught.value.exit_code == 4
+    dollars = Limits(max_usd=250 / PICO)
+    ledger.send(call("a"), dollars).result()
+    second = ledger.send(call("b"), dollars).result()
+    with pytest.raises(
+        BudgetError, match=r"no room for another call.*judge\.budget\.max_usd"
+    ) as no:
+        ledger.send(call("c"), dollars).result()
+    assert no.value.exit_code == 4
     ledger.settle(second, **REPLY).result()
-    third = ledger.send(call("c"), max_charge=250, max_calls=3).result()
-    with pytest.raises(BudgetError, match=r"limit of 3 judge calls.*judge\.max_calls"):
-        ledger.send(call("d"), max_calls=3).result()
+    third = ledger.send(call("c"), Limits(max_usd=250 / PICO, max_calls=3)).result()
+    with pytest.raises(BudgetError, match=r"limit of 3 judge calls.*judge\.budget\.max_calls"):
+        ledger.send(call("d"), Limits(max_calls=3)).result()
     ledger.fail(third, "429").result()
-    ledger.send(call("d"), max_calls=3).result()
+    ledger.send(call("d"), Limits(max_calls=3)).result()
+
+
+def test_a_budget_of_tokens_counts_reservations_and_then_what_was_used(ledger: Ledger) -> None:
+    limit = Limits(max_tokens=250)
+    first = ledger.send(call("a"), limit).result()
+    ledger.send(call("b"), limit).result()
+    with pytest.raises(BudgetError, match=r"of 250 tokens.*200 are spent.*budget\.max_tokens"):
+        ledger.send(call("c"), limit).result()
+    ledger.settle(first, **REPLY).result()
+    assert ledger.totals().result().tokens == 100 + 40
+    third = ledger.send(call("c"), limit).result()
+    ledger.lose(third, "an unusable reply", cost=7, tokens_in=5, tokens_out=2).result()
+    totals = ledger.totals().result()
+    assert (totals.charged, totals.tokens) == (40 + 100 + 7, 40 + 100 + 7)
+    check_ledger(ledger.path)
+
+
+def test_what_another_ledger_paid_for_counts_for_nothing(ledger: Ledger) -> None:
+    ledger.reuse(replace(call("a"), **REPLY)).result()
+    found = ledger.find("a").result()
+    assert found is not None and (found.state, found.reply) == ("reused", REPLY["reply"])
+    totals = ledger.totals().result()
+    assert (totals.charged, totals.calls, totals.tokens, totals.final) == (0, 0, 0, 1)
+    check_ledger(ledger.path, *digest_of(ledger.path))
+
+
+def test_verdicts_stand_beside_the_replies(ledger: Ledger) -> None:
+    ledger.settle(ledger.send(call("a")).result(), **REPLY).result()
+    ledger.conclude(["a"], '{"p": 1.0}').result()
+    assert _select(ledger.path, "SELECT key, reply, verdict FROM judgments") == [
+        ("a", REPLY["reply"], '{"p": 1.0}')
+    ]
+    check_ledger(ledger.path, *digest_of(ledger.path))
+    _execute(ledger.path, "UPDATE verdicts SET verdict = '{\"p\": 0.0}'")
+    with pytest.raises(CorruptError, match="the verdict of a is not what was written"):
+        check_ledger(ledger.path, *digest_of(ledger.path))
 
 
 @settings(max_examples=12, deadline=None)
@@ -117,7 +158,7 @@ def test_never_over_budget_and_the_totals_are_the_rows(seed: int, budget: int) -
                     getattr(ledger, fate)(row, "why")
             else:
                 entry = call(str(number), reserved=rng.randint(1, 120))
-                sending = ledger.send(entry, max_charge=budget)
+                sending = ledger.send(entry, Limits(max_usd=budget / PICO))
                 if sending.exception() is None:
                     open_rows.append(sending.result())
             assert ledger.totals().result().charged <= budget
@@ -165,7 +206,7 @@ def test_kill_9_loses_no_settled_answer_and_charges_what_was_in_flight(tmp_path:
     ledger = Ledger(path)
     try:
         for key in seen:
-            assert ledger.settled(key).result() is not None, f"{key} was bought and lost"
+            assert ledger.find(key).result() is not None, f"{key} was bought and lost"
         flying = 3 + 200 - _count(path, "settled")
         assert _count(path, "unknown") == flying
         assert _count(path, "sent") == 0
@@ -234,8 +275,8 @@ def test_an_altered_row_is_noticed(ledger: Ledger, tamper: str) -> None:
     altered = Ledger(ledger.path)
     try:
         with pytest.raises(CorruptError, match="is not what was written"):
-            altered.settled("x" if "key = 'x'" in tamper else "b").result()
-        assert altered.settled("a").result() is not None
+            altered.find("x" if "key = 'x'" in tamper else "b").result()
+        assert altered.find("a").result() is not None
     finally:
         altered.close()
     with pytest.raises(CorruptError):
@@ -269,7 +310,8 @@ def test_a_shorter_history_with_totals_to_match_is_noticed(ledger: Ledger) -> No
     named = digest_of(ledger.path)
     ledger.close()
     _execute(ledger.path, "DELETE FROM calls WHERE key = 'c'")
-    values = f"{shorter.charged}, calls = {shorter.calls}, final = 2, sha256 = '{shorter.sha256}'"
+    values = f"{shorter.charged}, calls = {shorter.calls}, tokens = {shorter.tokens}, final = 2"
+    values += f", sha256 = '{shorter.sha256}'"
     _execute(ledger.path, f"UPDATE totals SET charged = {values}")
     check_ledger(ledger.path, 2, shorter.sha256)
     with pytest.raises(CorruptError, match="holds 2 finished calls where 3 were recorded"):
@@ -285,6 +327,11 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     _execute(path, "CREATE TABLE other (x)")
     with pytest.raises(CorruptError, match="no ledger of this version"):
         Ledger(path)
+    path.unlink()
+    Ledger(path).close()
+    _execute(path, "PRAGMA user_version = 2")
+    with pytest.raises(CorruptError, match="its schema is 2, and .* Go on with the version that"):
+        check_ledger(path)
 
 
 FULL = """
@@ -292,6 +339,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_ledger import REPLY, call
+from online_dpo.chat import PICO
 from online_dpo.errors import DiskError
 from online_dpo.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
@@ -327,6 +375,13 @@ def _count(path: Path, state: str) -> int:
         (count,) = db.execute("SELECT count(*) FROM calls WHERE state = ?", (state,)).fetchone()
     db.close()
     return int(count)
+
+
+def _select(path: Path, query: str) -> list[Any]:
+    with sqlite3.connect(path) as db:
+        found = db.execute(query).fetchall()
+    db.close()
+    return found
 
 
 def _execute(path: Path, statement: str) -> None:

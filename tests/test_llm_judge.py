@@ -166,8 +166,9 @@ def test_a_passing_fault_is_tried_again(
         assert found.p in (0.0, 1.0)
         assert len(server.requests) == 2
     assert rows(tmp_path, "state, attempt") == [(state, 1), ("settled", 2)]
-    assert [e["event"] for e in events] == ["judge_retry", "judge_calls", "judged"]
-    assert (events[1]["requests"], events[1]["faults"]) == (2, 1)
+    told = ["judge_price", "judge_retry", "judge_calls", "judged"]
+    assert [e["event"] for e in events] == told
+    assert (events[2]["requests"], events[2]["faults"]) == (2, 1)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +250,14 @@ def test_the_budget_stops_before_it_is_exceeded_and_can_be_raised(
     pairs = [pair(i) for i in range(30)]
     with JudgeServer(good_wins) as server:
         budget = 0.007
-        with pytest.raises(BudgetError, match=r"budget of \$0.007 has no room.*judge.budget"):
-            make(server, budget=budget).compare_pairs(pairs, purpose="label")
+        with pytest.raises(
+            BudgetError, match=r"budget of \$0.007 has no room.*judge.budget.max_usd"
+        ):
+            make(server, budget={"max_usd": budget}).compare_pairs(pairs, purpose="label")
         bought = server.num_billed
         assert 0 < bought < 60
         assert bought * COST <= budget
-        found = make(server, budget=1.0).compare_pairs(pairs, purpose="label")
+        found = make(server, budget={"max_usd": 1.0}).compare_pairs(pairs, purpose="label")
         assert [c.p for c in found] == [1.0] * 30
         assert server.num_billed == 60
         assert sum(cost for (cost,) in rows(tmp_path, "cost")) == round(60 * COST * 1e12)
@@ -263,7 +266,7 @@ def test_the_budget_stops_before_it_is_exceeded_and_can_be_raised(
 def test_the_budget_waits_for_what_is_in_flight(make: MakeLabeller) -> None:
     """A reservation is some twenty times a cost here: two fit at a time, all of them in turn."""
     with JudgeServer(good_wins) as server:
-        found = make(server, budget=0.008).compare_pairs(
+        found = make(server, budget={"max_usd": 0.008}).compare_pairs(
             [pair(i) for i in range(10)], purpose="label"
         )
         assert len(found) == 10 and server.num_billed == 20
@@ -271,7 +274,7 @@ def test_the_budget_waits_for_what_is_in_flight(make: MakeLabeller) -> None:
 
 def test_max_calls_counts_calls_over_all_labelling(make: MakeLabeller) -> None:
     with JudgeServer(good_wins) as server:
-        labeller = make(server, max_calls=5)
+        labeller = make(server, budget={"max_calls": 5})
         labeller.compare_pairs([pair(0), pair(1)], purpose="label")
         with pytest.raises(BudgetError, match="limit of 5 judge calls"):
             labeller.compare_pairs([pair(2), pair(3)], purpose="evaluation")
@@ -283,7 +286,7 @@ def test_an_unknown_price_is_not_free(make: MakeLabeller, tmp_path: Path) -> Non
     with serve(A) as server:
         options["base_url"] = server.url
         with pytest.raises(ConfigError, match=r"without a price.*price_per_million"):
-            make(server, options=options, budget=1.0)
+            make(server, options=options, budget={"max_usd": 1.0})
         assert server.requests == []
         make(server, options=options).compare_pairs([pair()], purpose="label")
     assert rows(tmp_path, "reserved, cost, tokens_in") == [(None, None, TOKENS_IN)] * 2
@@ -345,7 +348,7 @@ def test_a_users_async_judge_pays_through_the_same_door(make: MakeLabeller, tmp_
         assert len(server.requests) == 3
         with pytest.raises(BudgetError, match="limit of 3 judge calls"):
             # The judge swallows every exception; the door does not forget.
-            make(server, **custom, max_calls=3).score(
+            make(server, **custom, budget={"max_calls": 3}).score(
                 [(prompt, answers[:1] * 2)] * 2 + [(Prompt("q", "test", text="other"), answers)],
                 purpose="x",
             )

@@ -60,9 +60,17 @@ def test_questions_are_counted_by_what_the_judge_does() -> None:
 @pytest.mark.parametrize(
     ("judge", "sections", "said"),
     [
-        ({**LLM, "budget": 3}, {}, "judge.budget cannot be kept without a price"),
+        (
+            {**LLM, "budget": {"max_usd": 3}},
+            {},
+            "judge.budget.max_usd cannot be kept without a price",
+        ),
         ({"name": "final_answer", "orders": "one"}, {}, "judge.orders: one is for judges that"),
-        ({"name": "final_answer", "max_calls": 9}, {}, "judge.max_calls limits paid calls"),
+        (
+            {"name": "final_answer", "budget": {"max_calls": 9}},
+            {},
+            "judge.budget is for paid calls",
+        ),
         ({"name": "reward_model", "options": {"modle": "m"}}, {}, "judge.options do not fit"),
         ({"name": "reward_model", "options": {"model": "m"}, "retries": 1}, {}, "makes no calls"),
         (LLM, {"pairs": {"min_margin": 0.7}}, "pairs.min_margin: 0.7 can never be reached"),

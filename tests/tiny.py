@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ PRELOAD = [
     "online_dpo.campaign",
     "online_dpo.training.handler",
     "online_dpo.samplers.handler",
+    "online_dpo.judging",
+    "online_dpo.openai_client",
     "datasets",
 ]
 
@@ -78,13 +81,19 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
-def in_child(target: Callable[..., None], *args: Any, timeout_s: float = 120.0) -> int:
-    """Run a module-level function in a fresh process; its exit code, negative for a signal."""
+def start_child(target: Callable[..., None], *args: Any) -> ForkServerProcess:
+    """Start a module-level function in a fresh process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=target, args=args)
     process.start()
+    return process
+
+
+def in_child(target: Callable[..., None], *args: Any, timeout_s: float = 120.0) -> int:
+    """Run a module-level function in a fresh process; its exit code, negative for a signal."""
+    process = start_child(target, *args)
     process.join(timeout_s)
     if process.is_alive():
         process.kill()

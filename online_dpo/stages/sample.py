@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.answers import buy_answers
-from online_dpo.calls import Limits
 from online_dpo.ledger import LEDGER
 from online_dpo.progress import Bar
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
@@ -127,7 +126,8 @@ def _other_answers(context: Context, prompt_ids: Sequence[str]) -> list[Response
             prompts,
             also,
             params=sampling_params(context),
-            limits=Limits(context.config.judge.budget, context.config.judge.max_calls),
+            budget=context.config.judge.budget,
+            prices=context.config.judge.prices,
             ledger_path=context.run.path / LEDGER,
             seed=context.config.campaign.seed,
             round_number=context.round.number,
