@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from online_dpo.comparison_schedules import ACTIVE
+from online_dpo.loss_rules import needs_reference
+
 if TYPE_CHECKING:
     from online_dpo.config import Config, JudgeConfig, PromptSource
 
@@ -53,6 +56,10 @@ def in_config(config: Config) -> Iterator[str]:
     yield from _prompts(config)
     yield from _sampling(config)
     yield from _engine(config.sampling.engine)
+    yield from _swap(config.judge, "judge")
+    yield from _schedule(config.judge)
+    yield from _implicit_rewards(config)
+    yield from _unpaired(config)
     yield from _evaluation_judge(config)
     yield from _processes(config)
     yield from _retention(config)
@@ -65,20 +72,33 @@ def on_machine(config: Config, *, sampler: str, gpus: int) -> Iterator[str]:
 
 
 def of_judge(
-    config: JudgeConfig, *, section: str, compares: bool, mode: str, priced: bool
+    config: JudgeConfig,
+    *,
+    section: str,
+    compares: bool,
+    mode: str,
+    priced: bool = True,
+    repeats: bool = False,
 ) -> Iterator[str]:
     """What a judge of this kind and mode (inline, async, worker or own_model) would not read.
 
-    `priced` is False where the judge says that it knows no price for its calls.
+    `priced` is False where the judge says that it knows no price for its calls, `repeats` True
+    where it answers at temperature 0.
     """
     name = config.name
+    if config.votes > 1 and repeats:
+        yield (
+            f"{section}.votes: {config.votes} would buy the same answer so often, for {name!r} "
+            f"answers at temperature 0. Set {section}.options.temperature, e.g. 0.7, or leave "
+            f"{section}.votes out"
+        )
     if config.budget.max_usd is not None and not priced:
         yield (
             "judge.budget.max_usd cannot be kept without a price: the price file has none for the "
             f"model of {section} at its endpoint and tier. Set {section}.options.price_per_million"
             ": [IN, OUT] in dollars ([0, 0] where it is free), or name a price file in judge.prices"
         )
-    for field in () if compares else ("orders", "comparisons"):
+    for field in () if compares else ("orders", "swap", "comparisons", "schedule"):
         if is_given(config, field):
             yield (
                 f"{section}.{field}: {getattr(config, field)} is for judges that compare; {name!r} "
@@ -132,6 +152,11 @@ def with_judges(
                 f"judge.{field} is for paid calls, and neither the judge {config.judge.name!r} nor "
                 f"another part of this campaign makes any. Leave judge.{field} out"
             )
+    if compares and config.pairs.threshold is not None:
+        yield (
+            f"pairs.threshold holds scores against {config.pairs.threshold:g}, and "
+            f"{config.judge.name!r} compares; take a judge that scores, or leave it out"
+        )
     if compares and config.pairs.min_margin > MAX_P_MARGIN:
         yield (
             f"pairs.min_margin: {config.pairs.min_margin:g} can never be reached: "
@@ -192,6 +217,56 @@ def _engine(engine: dict[str, Any]) -> Iterator[str]:
         yield f"sampling.engine.dtype is one of {', '.join(ENGINE_DTYPES)}, not {engine['dtype']!r}"
 
 
+def _swap(judge: JudgeConfig, section: str) -> Iterator[str]:
+    if judge.orders == "one" and is_given(judge, "swap"):
+        yield (
+            f"{section}.swap: {judge.swap} combines two orders, and {section}.orders is one; leave "
+            "one of the two out"
+        )
+
+
+def _schedule(judge: JudgeConfig) -> Iterator[str]:
+    if judge.schedule == "knockout" and judge.comparisons != "all":
+        yield (
+            "judge.comparisons: a knockout has as many comparisons as it takes to find the best "
+            "and the worst; leave it out"
+        )
+    if judge.schedule in ACTIVE and judge.comparisons == "all":
+        yield (
+            f"judge.schedule: {judge.schedule} chooses which comparisons a budget goes to; set "
+            "judge.comparisons, their number for each prompt"
+        )
+
+
+def _implicit_rewards(config: Config) -> Iterator[str]:
+    if config.judge.schedule != "reward_margin":
+        return
+    if not needs_reference(config.train.loss):
+        yield (
+            "judge.schedule: reward_margin goes by log(policy / reference), and the loss has no "
+            "reference; take another schedule"
+        )
+    if config.reference.promote == "every_round":
+        yield (
+            "judge.schedule: reward_margin goes by log(policy / reference), which is 0 where the "
+            "policy that samples is the reference, as with reference.promote: every_round; set "
+            "that to never or {every: k}, or take another schedule"
+        )
+
+
+def _unpaired(config: Config) -> Iterator[str]:
+    if config.pairs.threshold is None:
+        return
+    for field in ("selector", "max_per_prompt"):
+        if is_given(config.pairs, field):
+            yield (
+                f"pairs.{field} chooses pairs, and with pairs.threshold every response is trained "
+                "on by itself; leave one of the two out"
+            )
+    if is_given(config.judge, "scale"):
+        yield "judge.scale makes p of two scores, and pairs.threshold needs none; leave it out"
+
+
 def _evaluation_judge(config: Config) -> Iterator[str]:
     if config.eval_judge.name == PEOPLE:
         yield (
@@ -201,8 +276,10 @@ def _evaluation_judge(config: Config) -> Iterator[str]:
     judge = config.evaluation.judge
     if judge is None:
         return
+    yield from _swap(judge, "evaluation.judge")
     reasons = {
         "comparisons": "an evaluation compares each answer with policy 0's and the previous one's",
+        "schedule": "an evaluation compares each answer with policy 0's and the previous one's",
         "scale": "an evaluation counts wins, and no p is made of its scores",
     }
     for field, reason in reasons.items():

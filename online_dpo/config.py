@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from online_dpo.clashes import in_config
+from online_dpo.comparison_schedules import ScheduleName
 from online_dpo.loss_rules import (
     LOSS_FACTS,
     LossName,
@@ -271,10 +272,18 @@ class JudgeConfig(Section):
     """What the judge itself takes."""
     orders: Literal["both", "one"] = "both"
     """Whether a pair is shown in both orders; one order is drawn by seed."""
+    swap: Literal["soft", "agree"] = "soft"
+    """What two orders make: soft averages p; agree takes a verdict only where both prefer the same
+    response, and counts a tie otherwise."""
     votes: Count = 1
-    """Calls for each order; the verdict is the mean of p."""
+    """Calls for each order, drawn at the judge's temperature; their p is averaged."""
     comparisons: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
-    """Pairs compared for each prompt by a pairwise judge, drawn by seed."""
+    """Pairs compared for each prompt by a pairwise judge; an active schedule has so many on
+    average."""
+    schedule: ScheduleName = "draw"
+    """Which pairs these are. draw: by seed; knockout: those that find the best and the worst; or
+    where a label teaches most, by the judge's uncertainty, the policy's implicit reward_margin or
+    its entropy on the prompt."""
     scale: Positive = 1.0
     """Two scores become p by sigmoid(difference / scale)."""
     concurrency: Count = 32
@@ -322,7 +331,8 @@ class OfflinePairs(Section):
     """Preferences from a file, mixed into every round."""
 
     path: str
-    """A .jsonl or .parquet file or dataset name with columns prompt, chosen, rejected."""
+    """A .jsonl or .parquet file or dataset name with columns prompt, chosen, rejected; or prompt,
+    completion, label, where pairs.threshold is set."""
     split: str = "train"
     """The split, where `path` names a dataset."""
     share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
@@ -334,6 +344,10 @@ class OfflinePairs(Section):
 class PairsConfig(Section):
     """From judged responses to preferences."""
 
+    threshold: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Good and bad responses instead of pairs: good are those that score at least this, 0.5 or 1
+    for a verifier's 0 and 1. They are trained on by train.loss: kto, and min_margin is their least
+    distance from it. None makes pairs."""
     selector: str = "best_worst"
     """best_worst, best_random, random, all, or a function by `module:attr` or `file.py:attr`."""
     min_margin: NonNegative = 0.0
@@ -687,15 +701,20 @@ class Config(Section):
                 "compute.layout: separate needs sampling.devices and train.devices, or both would "
                 "take the first GPU"
             )
-        if self.sampling.n + (self.sampling.also.n if self.sampling.also else 0) < 2 and not any(
-            source.answer_field for source in self.prompts.train
-        ):
+        answers = self.sampling.n + (self.sampling.also.n if self.sampling.also else 0)
+        given = any(source.answer_field for source in self.prompts.train)
+        if answers < 2 and not given and self.pairs.threshold is None:
             raise ValueError("sampling.n: 1 gives no two responses to compare; set n to 2 or more")
         return self
 
     @model_validator(mode="after")
     def _labels_fit_the_loss(self) -> Config:
         names = list(loss_weights(self.train.loss))
+        if self.pairs.threshold is not None and names != ["kto"]:
+            raise ValueError(
+                f"pairs.threshold makes good and bad responses without a partner, and "
+                f"{' and '.join(names)} compares two; set train.loss: kto, or leave it out"
+            )
         hard = [name for name in names if not LOSS_FACTS[name].uses_probs]
         if self.pairs.labels == "soft" and hard:
             able = [name for name, facts in LOSS_FACTS.items() if facts.uses_probs]

@@ -90,7 +90,7 @@ PLANNED = ("train.beta", "train.learning_rate", "train.optimizer", "evaluation.e
 _ARTIFACTS = {
     "sampling": ("samples",),
     "judge": ("labels",),
-    "pairs": ("pairs",),
+    "pairs": ("pairs", "unpaired"),
     "train": ("reference", "checkpoints", "training"),
     "evaluation": ("evaluation",),
 }

@@ -24,8 +24,10 @@ from online_dpo.trust import trust_flags
 
 ARTIFACTS = (
     "samples",
+    "scores",
     "labels",
     "pairs",
+    "unpaired",
     "reference",
     "checkpoints",
     "training",
@@ -35,6 +37,9 @@ ARTIFACTS = (
     "evaluation",
 )
 """What a round commits, in order: each rests on those before it."""
+
+IN_PARTS = ("samples", "scores", "labels")
+"""Those of them that are made shard by shard."""
 
 PLAN = "round.json"
 
@@ -164,9 +169,9 @@ def _without_damage(error: CorruptError, last: RoundDir, resume: str) -> str:
     if inside.parts[0] not in ARTIFACTS:
         return f"rm -r {shlex.quote(str(last.path))}; {resume}"
     first = inside.parts[0]
-    if first not in ("samples", "labels"):
+    if first not in IN_PARTS:
         return f"{redo_command(last, first)}; {resume}"
-    part = [last.path / name / inside.parts[1] for name in ("samples", "labels")]
-    part = part if first == "samples" else part[1:]
+    later = IN_PARTS[IN_PARTS.index(first) :]
+    part = [last.path / name / inside.parts[1] for name in later]
     damaged = " ".join(shlex.quote(str(path)) for path in part if path.exists())
     return f"rm -r {damaged}; {resume}"

@@ -1,4 +1,4 @@
-"""A round's policy as a plain transformers folder, and the preferences that made it as tables."""
+"""A round's policy as a plain transformers folder, and what it was trained on as tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from online_dpo.model_card import model_card
 from online_dpo.pinning import base_folder, check_pin
 from online_dpo.records import ModelRef
 from online_dpo.store import MANIFEST, RunDir
-from online_dpo.views import Campaign, preference_rows
+from online_dpo.views import Campaign, preference_rows, unpaired_rows
 
 Row = dict[str, Any]
 
@@ -28,16 +28,16 @@ _OWN = frozenset({MANIFEST, "README.md"})
 def export_campaign(
     campaign: Campaign, out: Path, round_number: int | None = None, *, adapter: bool = False
 ) -> list[Path]:
-    """Write `out/policy` with a model card, and the preferences as JSONL and parquet.
+    """Write `out/policy` with a model card, and what was trained on as JSONL and parquet.
 
     A policy that is an adapter is merged into its base, in the campaign's model.dtype; `adapter`
     writes it unmerged into `out/adapter` too.
 
-    The policy is that of the round, of the last finished one without a number; the preferences are
-    those of all rounds up to it, in the form that TRL and datasets read. `out` is made whole or not
-    at all. Returns what was written. Raises ConfigError where `out` holds something, where the
-    round trained no policy or its policy was deleted, and where `adapter` is asked of whole
-    weights; CorruptError where its files have changed.
+    The policy is that of the round, of the last finished one without a number; the preferences, or
+    the good and bad responses, are those of all rounds up to it, in the form that TRL and datasets
+    read. `out` is made whole or not at all. Returns what was written. Raises ConfigError where
+    `out` holds something, where the round trained no policy or its policy was deleted, and where
+    `adapter` is asked of whole weights; CorruptError where its files have changed.
     """
     target = out.absolute()
     _check_target(target)
@@ -50,7 +50,11 @@ def export_campaign(
             f"Round {number} of {campaign.path} trained whole weights, so there is no adapter to "
             "export; leave --adapter out."
         )
-    rows = [row for n in range(1, number + 1) for row in preference_rows(run, n)]
+    rounds = range(1, number + 1)
+    tables = {
+        "preferences": [row for n in rounds for row in preference_rows(run, n)],
+        "unpaired": [row for n in rounds for row in unpaired_rows(run, n)],
+    }
     partial = target.with_name(target.name + PARTIAL)
     with disk_faults(target):
         _check_space(target.parent, _size(policy) + (size_of(policy) if adapter else 0))
@@ -59,7 +63,7 @@ def export_campaign(
         _write_policy(campaign, policy, partial / "policy")
         if adapter:
             _copy_model(policy, partial / "adapter", without=_OWN | {BASE_FILE})
-        names = _write_preferences(partial, rows)
+        names = [n for name, rows in tables.items() for n in _write_rows(partial, name, rows)]
         card = model_card(campaign, number)
         (partial / "policy" / "README.md").write_text(card, encoding="utf-8")
         _flush(partial)
@@ -138,7 +142,7 @@ def _copy_model(policy: Path, folder: Path, without: frozenset[str] = _OWN) -> N
             shutil.copyfile(file, folder / name)
 
 
-def _write_preferences(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def _write_rows(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Write the rows; returns the files' names.
 
     Readers want one form in a file, so rows of text and rows of messages go to files of their own
@@ -148,14 +152,12 @@ def _write_preferences(folder: Path, rows: Iterable[Mapping[str, Any]]) -> list[
     texts = [row for row in usable if isinstance(row["prompt"], str)]
     chats = [row for row in usable if not isinstance(row["prompt"], str)]
     if texts and chats:
-        tables = {"preferences-text": texts, "preferences-messages": chats}
+        tables = {f"{name}-text": texts, f"{name}-messages": chats}
     else:
-        tables = {"preferences": usable} if usable else {}
-    names = []
-    for name, table in tables.items():
-        _write_tables(folder / name, table)
-        names += [f"{name}.jsonl", f"{name}.parquet"]
-    return names
+        tables = {name: usable} if usable else {}
+    for stem, table in tables.items():
+        _write_tables(folder / stem, table)
+    return [f"{stem}.{suffix}" for stem in tables for suffix in ("jsonl", "parquet")]
 
 
 def _write_tables(path: Path, rows: list[Row]) -> None:

@@ -121,6 +121,12 @@ def mode_of(target: Any) -> Mode:
     return "async" if any(inspect.iscoroutinefunction(method) for method in asked) else "worker"
 
 
+def repeats_itself(judge: Any) -> bool:
+    """Whether a judge says that it draws its answers at temperature 0, so that votes are one."""
+    temperature = getattr(judge, "temperature", None)
+    return isinstance(temperature, int | float) and temperature == 0
+
+
 def is_built_in(name: str) -> bool:
     """Whether a name stands for one of our own judges, whose module is light to import."""
     if plugins.names_code(name):

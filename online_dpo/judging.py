@@ -10,7 +10,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,19 @@ from online_dpo.chat import RequestRefused as RequestRefused
 from online_dpo.chat import TokenLogprobs as TokenLogprobs
 from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
+from online_dpo.comparison_schedules import Pair, make_schedule, most_comparisons
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.files import disk_faults
-from online_dpo.judge_forms import Answer, Form, Mode, is_built_in, make_form, mode_of
+from online_dpo.judge_forms import (
+    Answer,
+    Form,
+    Mode,
+    is_built_in,
+    make_form,
+    mode_of,
+    repeats_itself,
+)
 from online_dpo.judge_loop import LoopAsker
 from online_dpo.judge_worker import JudgeProcess
 from online_dpo.own_model import OwnModelAsker, OwnModels, Who
@@ -40,7 +48,6 @@ from online_dpo.verdicts import (
     combine_scores,
     combine_verdicts,
     compare_questions,
-    pairs_to_compare,
 )
 from online_dpo.verdicts import Labels as Labels
 
@@ -94,6 +101,7 @@ class Labeller:
         self._priced = True
         self.own_models: OwnModels | None = None
         """The round's models, for a judge that asks one of them; set beside `round`."""
+        self._repeats = False
         self._version: str
         self.who: Who
         """Which of the round's models is asked, where one is."""
@@ -101,7 +109,12 @@ class Labeller:
         self._prepare()
         compares = self.kind == "compare"
         clashes = of_judge(
-            judge_config, section=section, compares=compares, mode=self.mode, priced=self._priced
+            judge_config,
+            section=section,
+            compares=compares,
+            mode=self.mode,
+            priced=self._priced,
+            repeats=self._repeats,
         )
         if (problem := next(clashes, None)) is not None:
             self.close()
@@ -121,29 +134,42 @@ class Labeller:
         *,
         purpose: str,
         on_share: OnShare | None = None,
+        reference_logps: Mapping[str, float] | None = None,
     ) -> list[Labels]:
-        """One Labels for each prompt, in the order of the items."""
+        """One Labels for each prompt, in the order of the items; comparisons in that of the pairs.
+
+        `reference_logps` is what `make_schedule` takes.
+        """
         if self.kind == "score":
             scores = self.score(items, purpose=purpose, on_share=on_share)
             return [
                 Labels(prompt.id, scores=given)
                 for (prompt, _), given in zip(items, scores, strict=True)
             ]
-        drawn = [
-            pairs_to_compare(
-                prompt, responses, self.config.comparisons, seed=self._seed, round=self.round
+        self._go_on()
+        config = self.config
+        following = make_schedule(
+            config.schedule,
+            config.comparisons,
+            items,
+            seed=self._seed,
+            round=self.round,
+            reference_logps=reference_logps,
+        )
+        found: list[dict[Pair, Comparison]] = [{} for _ in items]
+        total = sum(most_comparisons(config.schedule, config.comparisons, len(r)) for _, r in items)
+        while any(wave := following([_ps(comparisons) for comparisons in found])):
+            places = [(index, pair) for index, pairs in enumerate(wave) for pair in pairs]
+            asked = [(items[i][0], items[i][1][a], items[i][1][b]) for i, (a, b) in places]
+            done = sum(map(len, found))
+            said = self.compare_pairs(
+                asked, purpose=purpose, on_share=_part(on_share, done, len(asked), total)
             )
-            for prompt, responses in items
-        ]
-        pairs = [
-            (prompt, first, second)
-            for (prompt, _), chosen in zip(items, drawn, strict=True)
-            for first, second in chosen
-        ]
-        comparisons = iter(self.compare_pairs(pairs, purpose=purpose, on_share=on_share))
+            for (index, pair), comparison in zip(places, said, strict=True):
+                found[index][pair] = comparison
         return [
-            Labels(prompt.id, comparisons=tuple(islice(comparisons, len(chosen))))
-            for (prompt, _), chosen in zip(items, drawn, strict=True)
+            Labels(prompt.id, comparisons=tuple(known[pair] for pair in sorted(known)))
+            for (prompt, _), known in zip(items, found, strict=True)
         ]
 
     def score(
@@ -192,7 +218,11 @@ class Labeller:
         answers = iter(_as_verdict(answer) for answer in self._ask(questions, purpose, on_share))
         return [
             combine_verdicts(
-                prompt, first, second, [(question, next(answers)) for question in group]
+                prompt,
+                first,
+                second,
+                [(question, next(answers)) for question in group],
+                swap=self.config.swap,
             )
             for (prompt, first, second), group in zip(pairs, asked, strict=True)
         ]
@@ -232,6 +262,7 @@ class Labeller:
         """Use a judge that runs in this process."""
         self.kind, self.mode, self._version = form.kind, mode, form.version
         self._priced = is_priced(form.judge, self.config)
+        self._repeats = repeats_itself(form.judge)
         if mode == "inline":
             self._asker = InlineAsker(form)
         elif mode == "own_model":
@@ -253,8 +284,7 @@ class Labeller:
         answers: list[Answer | None] = [None] * len(questions)
         progress = _Progress(self.config.name, purpose, len(questions), self._on_event, on_share)
         try:
-            if self._cancelled.is_set():
-                raise CancelledError("labelling was cancelled")
+            self._go_on()
             stream = self._asker.answers(
                 questions, purpose=purpose, round=self.round, on_event=self._on_event
             )
@@ -268,6 +298,10 @@ class Labeller:
         finally:
             progress.finish()
         return [answer for answer in answers if answer is not None]
+
+    def _go_on(self) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError("labelling was cancelled")
 
     def _log_failure(self, error: JudgeError) -> None:
         """Keep the traceback of a judge's exception beside the message that ends the campaign."""
@@ -319,6 +353,17 @@ class _Progress:
     def _emit(self, event: str) -> None:
         invalid = dict(sorted(self._invalid.items()))
         self._on_event({"event": event, **self._facts, "done": self._done, "invalid": invalid})
+
+
+def _ps(comparisons: Mapping[Pair, Comparison]) -> dict[Pair, float | None]:
+    return {pair: comparison.p for pair, comparison in comparisons.items()}
+
+
+def _part(on_share: OnShare | None, done: int, wave: int, total: int) -> OnShare | None:
+    """Tells of a wave's share as one of all comparisons."""
+    if on_share is None:
+        return None
+    return lambda share: on_share(min(1.0, (done + share * wave) / total))
 
 
 def _check_key(judge: Any) -> None:

@@ -124,7 +124,9 @@ def _resolve(run_dir: Path, pair_id: str, known: Sequence[str]) -> str:
     if len(begins) == 1 and len(pair_id) >= _MIN_PREFIX:
         return begins[0]
     if not known:
-        raise ConfigError(f"{run_dir} has no pairs yet.")
+        unpaired = any(round_dir.has("unpaired") for round_dir in RunDir(run_dir).rounds())
+        why = "no pairs: it trains on good and bad responses" if unpaired else "no pairs yet"
+        raise ConfigError(f"{run_dir} has {why}.")
     near = begins[:5] or difflib.get_close_matches(pair_id, known, n=3, cutoff=0.5) or known[:3]
     what = "begins" if len(begins) > 1 else "is"
     names = ", ".join(visible(name) for name in near)

@@ -22,14 +22,20 @@ from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
 from online_dpo.retention import KeptRound, deletable
 from online_dpo.schedule import PastRound, PromptPool, plan_round
-from online_dpo.stages.context import Context, PromptTable, busy_seconds, covered_seconds
+from online_dpo.stages.context import (
+    Context,
+    PromptTable,
+    busy_seconds,
+    covered_seconds,
+    trained_on,
+)
 from online_dpo.stages.evaluate import evaluate
+from online_dpo.stages.implicit_rewards import ready_shards
 from online_dpo.stages.label import Labelling
 from online_dpo.stages.origin import check_pool, make_origin
 from online_dpo.stages.own_models import RoundModels
 from online_dpo.stages.pair import find_selector, pair
 from online_dpo.stages.promote import promote
-from online_dpo.stages.sample import sample
 from online_dpo.stages.train import train
 from online_dpo.store import RoundDir, RunDir
 
@@ -120,10 +126,10 @@ class Loop:
             round_dir.write_plan(plan_round(self._config, history, pool))
         context.plan = round_dir.plan()
         self._check_chain(context, history[-1])
-        if not round_dir.has("pairs"):
+        if not round_dir.has(trained_on(round_dir)):
             total = len(context.plan.prompt_ids)
             with Labelling(context, total=total) as labelling:
-                for shard in sample(context):
+                for shard in ready_shards(context):
                     labelling.submit(shard)
         with context.working("pair"):
             pair(context)

@@ -72,19 +72,24 @@ def _made(campaign: Campaign, rounds: list[RoundView]) -> str:
     train = config.train
     promote = config.reference.promote
     promoted = promote if isinstance(promote, str) else f"every {promote['every']} rounds"
+    unpaired = config.pairs.threshold is not None
     facts = {
         "Base model": _base_name(campaign),
         "Supervised fine-tuning": _file(config.sft.demonstrations) if config.sft else "none",
         "Method": (
-            f"{rounds[-1].round} rounds of DPO on the policy's own responses "
+            f"{rounds[-1].round} rounds of {'KTO' if unpaired else 'DPO'} on the policy's own "
+            "responses "
             f"({describe_loss(train.loss)} loss, beta {train.beta:g}, "
-            f"learning rate {train.learning_rate:g}, {train.batch_size} pairs a step)"
+            f"learning rate {train.learning_rate:g}, {train.batch_size} "
+            f"{'responses' if unpaired else 'pairs'} a step)"
         ),
         "Trained weights": _trained_weights(campaign),
         "Reference promoted": promoted.replace("_", " "),
         "Judge": _code(_public(config.judge.name)),
         "Responses": f"{sum(v.samples for v in rounds):,}, {config.sampling.n} for each prompt",
-        "Training pairs": f"{sum(v.pairs for v in rounds):,}" + _offline(campaign),
+        "Good and bad responses" if unpaired else "Training pairs": (
+            f"{sum(v.unpaired or v.pairs for v in rounds):,}" + _offline(campaign)
+        ),
         "Prompts": _prompts(campaign),
         "Seed": str(config.campaign.seed),
         "Policy sha256": f"`{(rounds[-1].policy or {}).get('sha256', '-')}`",

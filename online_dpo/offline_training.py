@@ -1,4 +1,4 @@
-"""Offline DPO: one training on given preferences, which goes on where it was interrupted."""
+"""Offline DPO or KTO: one training on a given set, which goes on where it was interrupted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from online_dpo.progress import Progress, make_progress
 from online_dpo.records import ModelRef, RoundPlan, derive_seed, to_dict
 from online_dpo.rows import kind_of
 from online_dpo.signals import stop_on_signals
-from online_dpo.stages.context import Context
+from online_dpo.stages.context import Context, trained_on
 from online_dpo.stages.origin import commit_dequantized
 from online_dpo.stages.train import score_reference, train_policy
 from online_dpo.store import Draft, RoundDir, read_lines
 
-COLUMNS = ("prompt", "chosen", "rejected")
+COLUMNS = ("prompt", "chosen", "rejected", "completion", "label")
 METRICS_FILE = "train_metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
@@ -61,7 +61,8 @@ def train_preferences(
     """Train `model` by DPO on given preferences and write the policy to the folder `out`.
 
     `pairs` is a .jsonl or .parquet file, the name of a dataset, a `datasets.Dataset` or a sequence
-    of mappings, with prompt, chosen and rejected. `reference` is the frozen reference's folder or
+    of mappings, with prompt, chosen and rejected, or for KTO prompt, completion and label.
+    `reference` is the frozen reference's folder or
     hub id; without it the model before training. `train` has fields of the config's train section,
     `config` other settings by section (`{"compute": {"threads": 1}}`, or a YAML file).
 
@@ -109,7 +110,7 @@ def train_offline(
 
 
 def rows_text(rows: Rows) -> str:
-    """Preferences as JSON lines of the three columns. Raises ConfigError naming the row."""
+    """Rows as JSON lines of the columns that are read. Raises ConfigError naming the row."""
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -132,11 +133,10 @@ def describe(trained: TrainedPolicy) -> str:
     changes = ", ".join(
         f"{name} {facts[f'first_{name}']:.3f} → {facts[f'last_{name}']:.3f}"
         for name in ("loss", "accuracy", "margin")
+        if f"first_{name}" in facts
     )
-    return (
-        f"{facts['pairs']:,} pairs, {left_out:,} left out, {facts['steps']:,} steps: {changes}\n"
-        f"{trained.policy}"
-    )
+    what = f"{facts['pairs']:,} pairs" if "pairs" in facts else f"{facts['unpaired']:,} answers"
+    return f"{what}, {left_out:,} left out, {facts['steps']:,} steps: {changes}\n{trained.policy}"
 
 
 def _plan(config: Config, reference: str | Path | None) -> RoundPlan:
@@ -238,7 +238,7 @@ def _compare_tokenizers(context: Context) -> None:
 def _commit_pairs(context: Context, rows: str | None) -> None:
     round_dir, offline = context.round, context.config.pairs.offline
     assert offline is not None
-    if round_dir.has("pairs"):
+    if round_dir.has(trained_on(round_dir)):
         return
     source = offline.path
     if rows is not None:
@@ -246,14 +246,17 @@ def _commit_pairs(context: Context, rows: str | None) -> None:
             (draft.path / "pairs.jsonl").write_text(rows, encoding="utf-8")
         source = str(round_dir.path / "given" / "pairs.jsonl")
     policy = context.inputs.policy
+    form = context.crew.trainer().call("form_of", source=source, split=offline.split)["form"]
+    _check_form(form, offline.path, context.config)
     with (
         context.progress.stage("pairs", total=0, unit="pairs") as bar,
-        round_dir.commit("pairs", inputs={"policy": policy.sha256}) as draft,
+        round_dir.commit(form, inputs={"policy": policy.sha256}) as draft,
     ):
         result = context.crew.trainer().call(
-            "tokenize_pairs",
+            "tokenize_offline",
             model=str(context.folder(policy)),
             source=source,
+            form=form,
             split=offline.split,
             append_eos=offline.append_eos,
             max_tokens=None,
@@ -264,6 +267,16 @@ def _commit_pairs(context: Context, rows: str | None) -> None:
         bar.set(result["rows"], total=result["rows"])
     for reason, count in list(_reasons(_problems(round_dir)).items())[:5]:
         context.progress.note(f"pairs: {count} left out: {reason}")
+
+
+def _check_form(form: str, path: str, config: Config) -> None:
+    if form == "unpaired" and config.train.loss != "kto":
+        raise ConfigError(
+            f"{path or 'What was given'} has completion and label: answers that are good or bad by "
+            f"themselves, which train.loss: kto trains on and "
+            f"{describe_loss(config.train.loss)} cannot. Set train.loss: kto, or give prompt, "
+            "chosen and rejected."
+        )
 
 
 def _take_quantized(context: Context) -> None:
@@ -313,7 +326,7 @@ def _merge(config: Config, folder: Path) -> None:
 
 
 def _problems(round_dir: RoundDir) -> Sequence[dict[str, Any]]:
-    return read_lines(round_dir.artifact("pairs") / "problems.jsonl")
+    return read_lines(round_dir.artifact(trained_on(round_dir)) / "problems.jsonl")
 
 
 def _reasons(problems: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -8,17 +8,26 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from online_dpo.errors import ConfigError
-from online_dpo.records import Comparison, Preference, Prompt, Response, Score, derive_seed
+from online_dpo.records import (
+    Comparison,
+    Preference,
+    Prompt,
+    Response,
+    Score,
+    Unpaired,
+    derive_seed,
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """Two distinct responses of one prompt, the first judged better.
 
-    `margin` is in score units for scores and p - 0.5 for comparisons; `merit` is the chosen one's
-    score, or its mean p over its comparisons.
+    `margin` is in score units for scores and p - 0.5 for comparisons; a merit is a response's
+    score, or its mean p over its comparisons: `merit` the chosen one's.
     """
 
     chosen: Response
@@ -26,7 +35,10 @@ class Candidate:
     margin: float
     p: float
     merit: float
+    rejected_merit: float
 
+
+Row = TypeVar("Row", Preference, Unpaired)
 
 PairSelector = Callable[[Prompt, Sequence[Candidate], random.Random], Sequence[Candidate]]
 """Chooses among the candidates of one prompt; returns some of them."""
@@ -53,8 +65,11 @@ class Pairing:
 def best_worst(
     prompt: Prompt, candidates: Sequence[Candidate], rng: random.Random
 ) -> Sequence[Candidate]:
-    """The pair with the widest margin."""
-    return [max(candidates, key=lambda c: c.margin)]
+    """The best response against the worst: the pair with the widest gap of merits.
+
+    Of scores that is the widest margin; of several comparisons, the most wins against the fewest.
+    """
+    return [max(candidates, key=lambda c: (c.merit - c.rejected_merit, c.margin))]
 
 
 def best_random(
@@ -128,9 +143,9 @@ def _candidates(
         if obstacle is not None:
             obstacles |= {first: obstacle, second: obstacle}
         elif margin > 0:
-            candidates.append(Candidate(a, b, margin, p, merits[0]))
+            candidates.append(Candidate(a, b, margin, p, *merits))
         else:
-            candidates.append(Candidate(b, a, -margin, 1.0 - p, merits[1]))
+            candidates.append(Candidate(b, a, -margin, 1.0 - p, *reversed(merits)))
     return candidates, obstacles
 
 
@@ -250,24 +265,24 @@ def _total(logprobs: Sequence[float] | None) -> float | None:
 
 
 def mix(
-    new: Sequence[Preference],
-    earlier: Sequence[Preference],
-    offline: Sequence[Preference],
+    new: Sequence[Row],
+    earlier: Sequence[Row],
+    offline: Sequence[Row],
     *,
     earlier_share: float,
     offline_share: float,
     seed: int,
-) -> tuple[Preference, ...]:
-    """New pairs with earlier and offline ones, so that these make up their shares of the whole.
+) -> tuple[Row, ...]:
+    """New rows with earlier and offline ones, so that these make up their shares of the whole.
 
     Where too few are there, all are taken. Drawn by seed, without replacement.
     """
     total = len(new) / (1.0 - earlier_share - offline_share)
     rng = random.Random(derive_seed(seed, "mix"))
-    drawn: list[Preference] = []
+    mixed = list(new)
     for pool, share in ((earlier, earlier_share), (offline, offline_share)):
-        drawn += rng.sample(list(pool), min(len(pool), round(total * share)))
-    return (*new, *drawn)
+        mixed += rng.sample(list(pool), min(len(pool), round(total * share)))
+    return tuple(mixed)
 
 
 def check(preferences: Sequence[Preference]) -> None:

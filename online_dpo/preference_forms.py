@@ -1,4 +1,4 @@
-"""The forms in which a data set states a preference: one prompt, two answers."""
+"""The forms in which a data set states what is better: two answers to a prompt, or one's label."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ class StatedPreference:
     rejected: str
 
 
+@dataclass(frozen=True, slots=True)
+class StatedLabel:
+    """A prompt, as text or as messages, the text of an answer, and whether it is good."""
+
+    text: str | None
+    messages: tuple[Message, ...]
+    completion: str
+    label: bool
+
+
 class UnusableError(Exception):
     """Why a row is no preference."""
 
@@ -38,6 +48,20 @@ def parse_preference(values: Mapping[str, Any]) -> StatedPreference:
         raise UnusableError("chosen and rejected answer different messages")
     text, messages = _prompt(values.get("prompt"), before)
     return StatedPreference(text, messages, chosen, rejected)
+
+
+def parse_label(values: Mapping[str, Any]) -> StatedLabel:
+    """What a row with `completion`, `label` and mostly `prompt` states.
+
+    The answer has the forms of `parse_preference`; the label is true or false, 1 or 0. Raises
+    UnusableError with the reason.
+    """
+    completion, before = _answer(values, "completion")
+    text, messages = _prompt(values.get("prompt"), before)
+    label = values.get("label")
+    if not (isinstance(label, bool) or (isinstance(label, int) and label in (0, 1))):
+        raise UnusableError(f"'label' is {kind_of(label)}, not true or false")
+    return StatedLabel(text, messages, completion, bool(label))
 
 
 def _answer(values: Mapping[str, Any], side: str) -> tuple[str, tuple[Message, ...]]:

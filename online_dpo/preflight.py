@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from online_dpo.clashes import PEOPLE, of_judge, with_judges
+from online_dpo.comparison_schedules import most_comparisons
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError
-from online_dpo.judge_forms import Mode, is_built_in, kind_of, make_form, mode_of
+from online_dpo.judge_forms import (
+    Mode,
+    is_built_in,
+    kind_of,
+    make_form,
+    mode_of,
+    repeats_itself,
+)
 from online_dpo.judge_worker import JudgeProcess
 from online_dpo.loss_rules import describe_loss
 from online_dpo.plugins import resolve
@@ -33,11 +40,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Judge:
-    """What a judge turned out to be. `priced` is False where it knows no price for its calls."""
+    """What a judge turned out to be, as `of_judge` asks for it."""
 
     compares: bool
     mode: Mode
     priced: bool = True
+    repeats: bool = False
 
 
 def check_config(config: Config) -> Plan:
@@ -107,9 +115,7 @@ def _num_questions(config: Config, compares: bool) -> str:
         if judge.name == PEOPLE:
             return f"{prompts * n * judge.options.get('per_item', 1)} verdicts of people"
         return f"{prompts * n * judge.votes} scores"
-    pairs = (
-        math.comb(n, 2) if judge.comparisons == "all" else min(math.comb(n, 2), judge.comparisons)
-    )
+    pairs = most_comparisons(judge.schedule, judge.comparisons, n)
     if judge.name == PEOPLE:
         return f"{prompts * pairs * judge.options.get('per_item', 1)} comparisons by people"
     return f"{prompts * pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
@@ -148,6 +154,7 @@ def _checked_judge(judge: JudgeConfig, section: str, env: Mapping[str, str]) -> 
             compares=found.compares,
             mode=found.mode,
             priced=found.priced,
+            repeats=found.repeats,
         )
     )
     return found
@@ -157,7 +164,8 @@ def _built_in(judge: JudgeConfig) -> _Judge:
     target = resolve(judge.name)
     if mode_of(target) != "worker":
         form = make_form(judge.name, judge.options, None)
-        return _Judge(form.kind == "compare", form.mode, is_priced(form.judge, judge))
+        priced = is_priced(form.judge, judge)
+        return _Judge(form.kind == "compare", form.mode, priced, repeats_itself(form.judge))
     try:
         inspect.signature(target).bind(**judge.options)
     except TypeError as error:

@@ -104,7 +104,8 @@ class Verdict:
 class Comparison:
     """The combined verdict on two responses of one prompt; `orders` counts the orders asked.
 
-    `raws` keeps the judge's own words, in the order in which it was asked.
+    `raws` keeps the judge's own words, in the order in which it was asked. `order_ps` has each
+    order's own p, the responses as given first; both are p that `first_id` is better.
     """
 
     prompt_id: str
@@ -114,6 +115,7 @@ class Comparison:
     reason: str | None = None
     orders: int = 1
     raws: tuple[str, ...] = ()
+    order_ps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,27 @@ class Preference:
     origin: str
     chosen_sampled_logp: float | None = None
     rejected_sampled_logp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One response that is good (`label` True) or bad by itself.
+
+    `margin` is how far its score is from the threshold, in score units. `origin` says where it
+    comes from: this round, an earlier one, a file.
+    """
+
+    row_id: str
+    prompt_id: str
+    prompt_source: str
+    prompt_token_ids: tuple[int, ...]
+    completion_id: str
+    completion_token_ids: tuple[int, ...]
+    completion_text: str
+    completion_truncated: bool
+    label: bool
+    margin: float
+    origin: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.errors import CorruptError
-from online_dpo.records import Preference, Prompt, Response, prompt_from_dict, response_from_dict
+from online_dpo.records import (
+    Preference,
+    Prompt,
+    Response,
+    Unpaired,
+    prompt_from_dict,
+    response_from_dict,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,6 +43,10 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "source": "string",
         "logprobs": "floats",
     },
+    "scores": {
+        "response_id": "string",
+        "reference_logp": "float64",
+    },
     "labels": {
         "prompt_id": "string",
         "prompt_source": "string",
@@ -46,6 +57,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "reason": "string",
         "orders": "int64",
         "raws": "strings",
+        "order_ps": "doubles",
     },
     "pairs": {
         "pair_id": "string",
@@ -65,6 +77,19 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "origin": "string",
         "chosen_sampled_logp": "float64",
         "rejected_sampled_logp": "float64",
+    },
+    "unpaired": {
+        "row_id": "string",
+        "prompt_id": "string",
+        "prompt_source": "string",
+        "prompt_token_ids": "ids",
+        "completion_id": "string",
+        "completion_token_ids": "ids",
+        "completion_text": "string",
+        "completion_truncated": "bool",
+        "label": "bool",
+        "margin": "float64",
+        "origin": "string",
     },
     "answers": {
         "prompt_id": "string",
@@ -93,6 +118,7 @@ def _schema(kind: str) -> pa.Schema:
         "bool": pa.bool_(),
         "ids": pa.list_(pa.int32()),
         "floats": pa.list_(pa.float32()),
+        "doubles": pa.list_(pa.float64()),
         "strings": pa.list_(pa.string()),
     }
     return pa.schema([(name, types[kind]) for name, kind in _COLUMNS[kind].items()])
@@ -158,6 +184,12 @@ def preference_from_row(row: Row) -> Preference:
     """A row of the pairs table as a record."""
     ids = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
     return Preference(**{**row, **{name: tuple(row[name]) for name in ids}})
+
+
+def unpaired_from_row(row: Row) -> Unpaired:
+    """A row of the unpaired table as a record."""
+    ids = ("prompt_token_ids", "completion_token_ids")
+    return Unpaired(**{**row, **{name: tuple(row[name]) for name in ids}})
 
 
 def response_from_answer(row: Row) -> Response:

@@ -169,7 +169,7 @@ def _print_next(console: Console, campaign: Campaign) -> None:
         out = shlex.quote(_shown_path(path.with_name(f"{path.name}-export")))
         commands = {
             _command("report", path): "one HTML file: curves, answers, pairs",
-            f"{_command('export', path)} --out {out}": "the policy and all pairs",
+            f"{_command('export', path)} --out {out}": "the policy and what it was trained on",
         }
     else:
         commands = {_resume(campaign): "go on"}

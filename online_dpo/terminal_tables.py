@@ -197,5 +197,6 @@ _COLUMNS = (
         "dist-2: distinct word pairs / word pairs",
     ),
     _Column("pairs", lambda r: str(r.pairs) if r.pairs else "-", 5),
+    _Column("good/bad", lambda r: str(r.unpaired) if r.unpaired else "-", 5),
     _Column("loss", _loss, 9, "loss: of the first and of the last step"),
 )

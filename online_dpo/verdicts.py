@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import fmean
 from typing import Any, Literal
 
@@ -17,6 +15,10 @@ Kind = Literal["score", "compare"]
 
 NO_VERDICT = "the judge gave no verdict"
 IDENTICAL = "identical responses"
+DISAGREE = "the orders disagree"
+
+_ROUNDING = 1e-9
+"""A mean of p this near to 0.5 is a tie: averages of opposite verdicts miss it by rounding."""
 
 
 class InvalidJudgement(ValueError):
@@ -43,23 +45,6 @@ class Labels:
     prompt_id: str
     scores: tuple[Score, ...] | None = None
     comparisons: tuple[Comparison, ...] | None = None
-
-
-def pairs_to_compare(
-    prompt: Prompt,
-    responses: Sequence[Response],
-    comparisons: int | Literal["all"],
-    *,
-    seed: int,
-    round: int,
-) -> list[tuple[Response, Response]]:
-    """All pairs, or that many drawn by seed, distinct answers before identical ones."""
-    pairs = list(combinations(responses, 2))
-    if comparisons == "all" or comparisons >= len(pairs):
-        return pairs
-    draw = random.Random(derive_seed(seed, round, "comparisons", prompt.id))
-    order = sorted(range(len(pairs)), key=lambda i: (identical(*pairs[i]), draw.random()))
-    return [pairs[i] for i in sorted(order[:comparisons])]
 
 
 def identical(first: Response, second: Response) -> bool:
@@ -94,11 +79,14 @@ def combine_verdicts(
     first: Response,
     second: Response,
     answers: Sequence[tuple[Question, Verdict]],
+    *,
+    swap: Literal["soft", "agree"] = "soft",
 ) -> Comparison:
     """One comparison from the answers to `compare_questions`.
 
-    An order's p is the mean over its votes that gave one; the orders are averaged after swapping
-    back. An order without any p makes the pair invalid, with the reason of its first vote.
+    An order's p is the mean over its votes that gave one, swapped back. `soft` averages the orders;
+    `agree` does so where they prefer the same response, and otherwise makes it a tie. An order
+    without any p makes the pair invalid, with the reason of its first vote.
     """
     if not answers:
         return Comparison(prompt.id, first.id, second.id, 0.5, IDENTICAL, orders=0)
@@ -111,8 +99,20 @@ def combine_verdicts(
         if not given:
             reason = votes[0].reason or NO_VERDICT
             return Comparison(prompt.id, first.id, second.id, None, reason, len(orders), raws)
-        means.append(fmean(given))
-    return Comparison(prompt.id, first.id, second.id, fmean(means), None, len(orders), raws)
+        means.append(_mean_p(given))
+    conflict = swap == "agree" and len({_preferred(mean) for mean in means}) > 1
+    p, why = (0.5, DISAGREE) if conflict else (_mean_p(means), None)
+    return Comparison(prompt.id, first.id, second.id, p, why, len(orders), raws, tuple(means))
+
+
+def _mean_p(ps: Sequence[float]) -> float:
+    mean = fmean(ps)
+    return 0.5 if abs(mean - 0.5) < _ROUNDING else mean
+
+
+def _preferred(p: float) -> int:
+    """1 for the first, -1 for the second, 0 for neither."""
+    return (p > 0.5) - (p < 0.5)
 
 
 def combine_scores(votes: Sequence[Sequence[Score]]) -> tuple[Score, ...]:

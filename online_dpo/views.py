@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ class RoundView:
     prompts: int
     samples: int
     pairs: int
+    unpaired: int
+    """Good and bad responses that are trained on instead of pairs."""
     responses: dict[str, int]
     """Responses by fate."""
     no_verdict: dict[str, int]
@@ -111,9 +113,18 @@ class Campaign:
         Prompts that were messages stay messages, and so do their responses. Raises ConfigError
         where there are prompts of both forms, which no column can hold.
         """
+        return self._dataset(preference_rows(self._run, round))
+
+    def unpaired(self, round: int | None = None) -> Dataset:
+        """The good and bad responses of a round, or of all: prompt, completion, label.
+
+        As `pairs`.
+        """
+        return self._dataset(unpaired_rows(self._run, round))
+
+    def _dataset(self, rows: list[dict[str, Any]]) -> Dataset:
         from datasets import Dataset
 
-        rows = preference_rows(self._run, round)
         if len({isinstance(row["prompt"], str) for row in rows}) > 1:
             raise ConfigError(
                 f"{self.path} has prompts of plain text and prompts of messages; a dataset holds "
@@ -152,40 +163,56 @@ class Campaign:
 
 def preference_rows(run: RunDir, number: int | None = None) -> list[dict[str, Any]]:
     """Preferences in the prompt/chosen/rejected form that TRL and datasets read."""
+    known = ("pair_id", "prompt_source", "margin", "p", "origin")
+    return [
+        {**_conversation(prompt, row, ("chosen", "rejected")), **_facts(n, row, known)}
+        for n, prompt, row in _trained(run, number, "pairs")
+    ]
+
+
+def unpaired_rows(run: RunDir, number: int | None = None) -> list[dict[str, Any]]:
+    """Good and bad responses in the prompt/completion/label form of TRL's KTO."""
+    known = ("row_id", "prompt_source", "margin", "origin")
+    return [
+        {
+            **_conversation(prompt, row, ("completion",)),
+            "label": row["label"],
+            **_facts(n, row, known),
+        }
+        for n, prompt, row in _trained(run, number, "unpaired")
+    ]
+
+
+def _trained(
+    run: RunDir, number: int | None, name: str
+) -> Iterator[tuple[int, Prompt, dict[str, Any]]]:
+    """(round, prompt, row) of what the rounds' artifacts of a name hold."""
     from online_dpo.stages.context import read_prompts
 
     prompts = read_prompts(run).by_id
-    rounds = run.rounds() if number is None else [run.round(number)]
-    rows = []
-    for directory in rounds:
-        if not directory.has("pairs"):
-            continue
-        for row in read_table(directory.artifact("pairs") / "pairs.parquet"):
-            prompt = prompts[row["prompt_id"]]
-            rows.append({**_conversation(prompt, row), **_provenance(directory.number, row)})
-    return rows
+    for directory in run.rounds() if number is None else [run.round(number)]:
+        if directory.has(name):
+            for row in read_table(directory.artifact(name) / f"{name}.parquet"):
+                yield directory.number, prompts[row["prompt_id"]], row
 
 
-def _conversation(prompt: Prompt, row: dict[str, Any]) -> dict[str, Any]:
+def _conversation(prompt: Prompt, row: dict[str, Any], sides: Sequence[str]) -> dict[str, Any]:
     if prompt.text is not None:
-        sides = {"chosen": row["chosen_text"], "rejected": row["rejected_text"]}
-        return {"prompt": prompt.text, **sides}
+        return {"prompt": prompt.text, **{side: row[f"{side}_text"] for side in sides}}
     return {
         "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
-        "chosen": [{"role": "assistant", "content": row["chosen_text"]}],
-        "rejected": [{"role": "assistant", "content": row["rejected_text"]}],
+        **{side: [{"role": "assistant", "content": row[f"{side}_text"]}] for side in sides},
     }
 
 
-def _provenance(number: int, row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("pair_id", "prompt_source", "margin", "p", "origin")
+def _facts(number: int, row: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {"round": number, **{key: row[key] for key in keys}}
 
 
 def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
     manifest = directory.manifest() if directory.finished else {}
     plan = directory.plan() if directory.planned and directory.number else None
-    pairs = _metrics(directory, "pairs") or {}
+    made = _metrics(directory, "pairs") or _metrics(directory, "unpaired") or {}
     shards = directory.children("samples")
     policy = manifest.get("policy")
     return RoundView(
@@ -193,8 +220,9 @@ def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
         stage="done" if manifest else _stage(directory),
         prompts=len(plan.prompt_ids) if plan else 0,
         samples=sum(directory.manifest(name)["rows"] for name in shards),
-        pairs=int(pairs.get("pairs", 0)),
-        responses=dict(pairs.get("responses", {})),
+        pairs=int(made.get("pairs", 0)),
+        unpaired=int(made.get("unpaired", 0)),
+        responses=dict(made.get("responses", {})),
         no_verdict=_no_verdict(directory),
         policy=policy,
         reference=asdict(plan.reference) if plan else None,
@@ -231,7 +259,7 @@ def _stage(directory: RoundDir) -> str:
         return "promote"
     if directory.has("policy"):
         return "evaluate"
-    if directory.has("pairs"):
+    if directory.has("pairs") or directory.has("unpaired"):
         return "train"
     labelled = len(directory.children("labels"))
     return "label" if directory.children("samples") and labelled else "sample"
@@ -252,6 +280,6 @@ def source_views(view: RoundView) -> dict[str, RoundView]:
     """A round's evaluation on the prompts of each source, as views with nothing else in them."""
     sources = (view.evaluation or {}).get("by_source", {})
     return {
-        name: replace(view, evaluation=figures, training=None, pairs=0)
+        name: replace(view, evaluation=figures, training=None, pairs=0, unpaired=0)
         for name, figures in sources.items()
     }

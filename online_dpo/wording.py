@@ -9,10 +9,12 @@ from online_dpo.views import RoundView, evaluated
 
 FATES = {
     "paired": "in a pair that is trained on",
+    "good": "trained on as good: scored at least pairs.threshold",
+    "bad": "trained on as bad: scored less",
     "not_selected": "could be paired, but the selector took others",
     "tied": "judged equal to those it could be paired with",
     "identical": "the same text as those it could be paired with",
-    "below_margin": "better or worse by less than pairs.min_margin",
+    "below_margin": "better or worse (than pairs.threshold) by less than pairs.min_margin",
     "invalid": "without a verdict of the judge",
     "alone": "compared with no other response",
 }

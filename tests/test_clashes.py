@@ -24,6 +24,8 @@ SERVERS: dict[str, Any] = {
     "reload_command": "true",
 }
 ALSO = {"url": "http://localhost:1/v1", "model": "m"}
+MARGIN = {"schedule": "reward_margin", "comparisons": 2}
+KTO = {"train": {"loss": "kto"}}
 PAIRWISE = {"name": "heuristic", "comparisons": 2}
 MADE = {"model": {"init": {}, "trust_remote_code": True}, "sft": {"demonstrations": "d"}}
 
@@ -78,6 +80,17 @@ def test_the_plain_config_has_no_clash() -> None:
             "train.listen is HOST:PORT, not '29600'",
         ),
         ({"campaign": {"save_policy_every": 2}}, "promote: every_round"),
+        ({"judge": {"orders": "one", "swap": "agree"}}, "judge.swap: agree combines two orders"),
+        ({"judge": {"schedule": "knockout", "comparisons": 3}}, "a knockout has as many"),
+        ({"judge": {"schedule": "uncertainty"}}, "set judge.comparisons, their number"),
+        ({"judge": MARGIN}, "is 0 where the policy that samples is the reference"),
+        ({"judge": MARGIN, "train": {"loss": "simpo", "beta": 2}}, "the loss has no reference"),
+        ({"evaluation": {"judge": {"name": "j", "schedule": "knockout"}}}, "schedule: an evaluat"),
+        ({"pairs": {"threshold": 1}}, "sigmoid compares two; set train.loss: kto"),
+        ({"pairs": {"threshold": 1, "selector": "all"}, **KTO}, "pairs.selector chooses pairs"),
+        ({"pairs": {"threshold": 1, "max_per_prompt": 2}, **KTO}, "pairs.max_per_prompt chooses"),
+        ({"pairs": {"threshold": 1, "labels": "soft"}, **KTO}, "kto cannot use the judge's p"),
+        ({"pairs": {"threshold": 1}, "judge": {"scale": 2}, **KTO}, "judge.scale makes p of two"),
         (
             {
                 "campaign": {"save_policy_every": 2, "retention": {"last": 2}},
@@ -141,6 +154,8 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
     [
         ({"orders": "one"}, False, "worker", "judge.orders: one is for judges that compare"),
         ({"comparisons": 2}, False, "async", "judge.comparisons: 2 is for judges that compare"),
+        ({"swap": "agree"}, False, "async", "judge.swap: agree is for judges that compare"),
+        ({"schedule": "knockout"}, False, "async", "judge.schedule: knockout is for judges that"),
         ({"scale": 2.0}, True, "async", "judge.scale makes p of two scores"),
         ({"concurrency": 2}, True, "worker", "judge.concurrency is for judges that call an API"),
         ({"retries": 0}, False, "inline", "judge.retries is for judges that call an API"),
@@ -164,6 +179,12 @@ def test_a_budget_needs_a_price_and_something_to_pay_for() -> None:
     assert not list(with_judges(settings, True, False))
     also = next(with_judges(settings, True, False, also_priced=False))
     assert "sampling.also.price_per_million" in also
+
+
+def test_what_compares_gives_no_good_and_bad_responses() -> None:
+    settings = config(pairs={"threshold": 0.5}, train={"loss": "kto"}, sampling={"n": 1})
+    assert "and 'heuristic' compares" in next(with_judges(settings, False, True))
+    assert not list(with_judges(settings, False, False))
 
 
 def test_a_margin_that_no_comparison_reaches_is_refused() -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from hypothesis import strategies as st
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.judging import Labeller, Labels
+from online_dpo.pairing import Judged, all_pairs, make_pairs
 from online_dpo.records import Prompt, Response, Score, Verdict
-from online_dpo.verdicts import combine_verdicts, compare_questions, pairs_to_compare
+from online_dpo.verdicts import DISAGREE, combine_verdicts, compare_questions
 
 CASES = Path(__file__).parent / "judge_cases.py"
 PROMPT = Prompt("p1", "test", text="Say something.", metadata={"weight": 2.0})
@@ -40,7 +42,7 @@ def make(tmp_path: Path) -> Iterator[MakeLabeller]:
     made = []
 
     def make_labeller(name: str, *, events: list[Any] | None = None, **config: Any) -> Labeller:
-        if "/" not in name and name != "scripted":
+        if "/" not in name and name not in ("scripted", "llm_pairwise"):
             name = f"{CASES}:{name}"
         labeller = Labeller(
             JudgeConfig(name=name, **config),
@@ -178,19 +180,56 @@ def test_votes_are_averaged_and_identical_responses_are_not_asked_about() -> Non
     assert compare_questions(PROMPT, a, cut, orders="one", votes=1, seed=0, round=1)
 
 
-def test_comparisons_are_drawn_by_seed_and_prefer_distinct_responses() -> None:
-    answers = [response(text, i) for i, text in enumerate("aaab")]
-    drawn = pairs_to_compare(PROMPT, answers, 3, seed=1, round=1)
-    assert [(a.id, b.id) for a, b in drawn] == [
-        ("r0-a", "r3-b"),
-        ("r1-a", "r3-b"),
-        ("r2-a", "r3-b"),
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.sampled_from(["soft", "agree"]))
+def test_a_judge_of_positions_alone_labels_nothing(said: list[float], swap: Any) -> None:
+    """Whatever p it gives to the one that is shown first, and however often it is asked."""
+    a, b = response("a"), response("b")
+    asked = compare_questions(PROMPT, a, b, orders="both", votes=len(said), seed=0, round=1)
+    answers = [(question, Verdict(said[question.vote])) for question in asked]
+    assert combine_verdicts(PROMPT, a, b, answers, swap=swap).p == 0.5
+
+
+def test_only_orders_that_agree_give_a_verdict() -> None:
+    a, b = response("a"), response("b")
+    asked = compare_questions(PROMPT, a, b, orders="both", votes=1, seed=0, round=1)
+
+    def agreed(first: float | None, swapped: float | None) -> tuple[float | None, str | None]:
+        said = [Verdict(p, "unreadable" if p is None else None) for p in (first, swapped)]
+        found = combine_verdicts(PROMPT, a, b, list(zip(asked, said, strict=True)), swap="agree")
+        return found.p, found.reason
+
+    assert agreed(0.9, 0.3) == (pytest.approx(0.8), None)
+    assert agreed(0.2, 0.6) == (pytest.approx(0.3), None)
+    assert agreed(0.9, 0.6) == (0.5, DISAGREE)
+    assert agreed(1.0, 0.5) == (0.5, DISAGREE)
+    assert agreed(0.5, 0.5) == (0.5, None)
+    assert agreed(0.9, None) == (None, "unreadable")
+
+
+@pytest.mark.parametrize("swap", ["soft", "agree"])
+def test_always_first_gives_ties_only(make: MakeLabeller, swap: str) -> None:
+    labeller = make("AsyncFirst", swap=swap)
+    pairs = [(PROMPT, response("a", i), response("b", i)) for i in range(20)]
+    found = labeller.compare_pairs(pairs, purpose="label")
+    assert {c.p for c in found} == {0.5}
+    assert {c.order_ps for c in found} == {(1.0, 0.0)}
+    answers = [
+        replace(answer, token_ids=tuple(answer.id.encode()))
+        for _, *both in pairs
+        for answer in both
     ]
-    many = [response(text, i) for i, text in enumerate("abcdefgh")]
-    draws = {tuple(pairs_to_compare(PROMPT, many, 2, seed=s, round=1)) for s in range(8)}
-    assert len(draws) > 4
-    assert all(len(draw) == 2 for draw in draws)
-    assert len(pairs_to_compare(PROMPT, many, "all", seed=1, round=1)) == 28
+    item = Judged(PROMPT, answers, comparisons=found)
+    made = make_pairs(
+        [item], all_pairs, round_number=1, seed=0, scale=1.0, min_margin=0.0, max_per_prompt=None
+    )
+    assert made.preferences == () and made.fates == {"tied": 40}
+
+
+def test_votes_at_temperature_0_are_refused(make: MakeLabeller) -> None:
+    options = {"model": "m", "base_url": "http://localhost:1/v1"}
+    with pytest.raises(ConfigError, match="votes: 3 would buy the same answer"):
+        make("llm_pairwise", votes=3, options=options)
+    assert make("llm_pairwise", votes=3, options={**options, "temperature": 0.7}).mode == "async"
 
 
 @given(

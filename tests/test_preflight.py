@@ -46,13 +46,16 @@ def test_every_shipped_config_is_valid_wherever_it_can_run(
 
 
 def test_questions_are_counted_by_what_the_judge_does() -> None:
-    llm = {**LLM, "votes": 3, "comparisons": 2}
+    warm = {**LLM["options"], "temperature": 0.7}
+    llm = {**LLM, "votes": 3, "comparisons": 2, "options": warm}
     assert "at most 120 comparisons a round" in check_config(config(llm)).text  # 10 x 2 x 2 x 3
     one = {**LLM, "orders": "one"}
     assert "at most 280 comparisons a round" in check_config(config(one)).text  # 10 x (8 over 2)
     also = {"url": "http://localhost:1/v1", "model": "m", "n": 2}
     more = check_config(config(llm, sampling={"n": 2, "also": also})).text
     assert "at most 120 comparisons a round" in more  # of 4 candidates
+    best = {**LLM, "schedule": "knockout"}
+    assert "at most 220 comparisons a round" in check_config(config(best)).text  # 10 x 11 x 2
     answers = {"name": "final_answer", "votes": 2}
     assert "at most 160 scores a round" in check_config(config(answers)).text
 
@@ -73,7 +76,9 @@ def test_questions_are_counted_by_what_the_judge_does() -> None:
         ),
         ({"name": "reward_model", "options": {"modle": "m"}}, {}, "judge.options do not fit"),
         ({"name": "reward_model", "options": {"model": "m"}, "retries": 1}, {}, "makes no calls"),
+        ({**LLM, "votes": 2}, {}, "judge.votes: 2 would buy the same answer"),
         (LLM, {"pairs": {"min_margin": 0.7}}, "pairs.min_margin: 0.7 can never be reached"),
+        (LLM, {"pairs": {"threshold": 1}, "train": {"loss": "kto"}}, "holds scores against 1"),
         (LLM, {"pairs": {"selector": "nope"}}, "There is no selector named 'nope'"),
         (
             LLM,

@@ -33,7 +33,7 @@ from online_dpo.errors import BY_NAME
 from online_dpo.judging import Labeller
 from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS
 from online_dpo.plugins import available
-from online_dpo.preference_forms import parse_preference
+from online_dpo.preference_forms import parse_label, parse_preference
 from online_dpo.samplers.vllm_settings import OWN_ARGUMENTS, engine_arguments
 from online_dpo.tables import read_table
 from online_dpo.training.losses import LOSSES
@@ -217,6 +217,9 @@ def test_the_forms_of_pairs_are_read() -> None:
         " I love it.", "Because.", "So.", "So.", "Now.",
     ]  # fmt: skip
     assert [len(preference.messages) for preference in stated] == [0, 1, 1, 1, 1]
+    labelled = block(DOCS / "training.md", "json", "completion").splitlines()
+    labels = [parse_label(json.loads(line)) for line in labelled]
+    assert [(row.completion, row.label) for row in labels] == [("4", True), ("5", False)]
 
 
 def test_the_tree_is_that_of_a_run(home: Path) -> None:

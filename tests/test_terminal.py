@@ -351,7 +351,8 @@ def test_figures_by_hand() -> None:
 
 def views(*figures: dict[str, Any]) -> list[RoundView]:
     empty = RoundView(
-        round=0, stage="done", prompts=0, samples=0, pairs=0, responses={}, no_verdict={},
+        round=0, stage="done", prompts=0, samples=0, pairs=0, unpaired=0, responses={},
+        no_verdict={},
         policy=None, reference=None, promoted=None, why=None, training=None, evaluation=None,
         wall_s=None, busy_s={}, fixed_s=None,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,16 @@ def _facts(campaign: Campaign, rounds: Sequence[RoundView]) -> list[tuple[str, s
         "method": f"DPO, {describe_loss(config.train.loss)} loss, beta {config.train.beta:g}",
         "reference promoted": reference.replace("_", " "),
         "responses": f"{sum(view.samples for view in rounds):,}",
-        "pairs": f"{sum(view.pairs for view in rounds):,}",
+        "pairs": _total(view.pairs for view in rounds),
+        "good or bad responses": _total(view.unpaired for view in rounds),
         "time": seconds(sum(walls)) if walls else "",
     }
     return [(name, fact) for name, fact in facts.items() if fact]
+
+
+def _total(counts: Iterable[int]) -> str:
+    total = sum(counts)
+    return f"{total:,}" if total else ""
 
 
 def _steps(campaign: Campaign, rounds: Sequence[RoundView]) -> dict[int, list[dict[str, Any]]]:

@@ -119,7 +119,7 @@ def round_grid(rounds: Sequence[RoundView]) -> Grid:
     """A row a round with all its figures; columns without a value are left out."""
     titles = (
         "round", "stage", "reward", "wins vs 0", "vs previous", "KL to ref", "KL to 0", "tokens",
-        "cut off", "distinct-2", "pairs", "loss",
+        "cut off", "distinct-2", "pairs", "good or bad", "loss",
     )  # fmt: skip
     rows = [_round_row(view) for view in rounds]
     kept = [i for i in range(len(titles)) if any(row[i] != "-" for row in rows)]
@@ -140,6 +140,7 @@ def _round_row(view: RoundView) -> list[str]:
         percent(figure(view, "truncated")),
         number(figure(view, "distinct_2")),
         str(view.pairs or "-"),
+        str(view.unpaired or "-"),
         change(training.get("first_loss"), training.get("last_loss"), 3),
     ]
 
@@ -165,10 +166,14 @@ def fate_grid(rounds: Sequence[RoundView]) -> tuple[Grid, list[tuple[str, str]]]
         return None
     fates = fate_order(counted)
     rows = [
-        [str(v.round), str(v.samples), *(str(v.responses.get(f, 0)) for f in fates), str(v.pairs)]
+        [
+            *(str(v.round), str(v.samples), *(str(v.responses.get(f, 0)) for f in fates)),
+            str(v.pairs or v.unpaired),
+        ]
         for v in counted
     ]
-    titles = ["round", "responses", *(fate.replace("_", " ") for fate in fates), "pairs"]
+    what = "pairs" if any(v.pairs for v in counted) else "trained on"
+    titles = ["round", "responses", *(fate.replace("_", " ") for fate in fates), what]
     meanings = [(f.replace("_", " "), FATES[f]) for f in fates if f in FATES]
     return Grid(titles, rows), meanings
 

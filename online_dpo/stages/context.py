@@ -138,6 +138,11 @@ def read_prompts(run: RunDir) -> PromptTable:
     return table
 
 
+def trained_on(round_dir: RoundDir) -> str:
+    """The artifact that a round trains on, and its table's name: "pairs", or "unpaired"."""
+    return "unpaired" if round_dir.has("unpaired") else "pairs"
+
+
 def engine_length(config: Config) -> int | None:
     """The engine's longest sequence where the config sets one; "auto" and -1 leave it open."""
     length = config.sampling.engine.get("max_model_len")

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from online_dpo.ledger import LEDGER, digest_of
 from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
+from online_dpo.stages.implicit_rewards import reference_logps
 from online_dpo.tables import read_table, responses_by_prompt, write_table
 
 if TYPE_CHECKING:
@@ -118,6 +120,7 @@ def label_shard(context: Context, shard: str, bar: Bar) -> None:
             items,
             purpose=f"round-{context.round.number:03d}",
             on_share=lambda share: bar.set(before + int(share * len(items))),
+            reference_logps=reference_logps(context, shard),
         )
         table = [r for item, label in zip(items, labels, strict=True) for r in _rows(item, label)]
     inputs = {"samples": context.round.manifest(shard)["sha256"]}
@@ -137,7 +140,7 @@ def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
     """One row a score or a comparison; an invalid one has its reason and no value."""
     prompt, responses = item
     empty: Row = {"prompt_id": prompt.id, "prompt_source": prompt.source, "second_id": None}
-    empty |= {"score": None, "p": None, "orders": 0, "raws": []}
+    empty |= {"score": None, "p": None, "orders": 0, "raws": [], "order_ps": []}
     if labels.scores is not None:
         return [
             {**empty, "first_id": response.id, "score": score.value, "reason": score.reason}
@@ -153,6 +156,7 @@ def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
             "reason": c.reason,
             "orders": c.orders,
             "raws": list(c.raws),
+            "order_ps": list(c.order_ps),
         }
         for c in labels.comparisons
     ]
@@ -166,6 +170,12 @@ def _counts(table: list[Row]) -> dict[str, Any]:
         "verdicts": len(table),
         "valid": len(table) - sum(reasons.values()),
         "ties": sum(r["p"] == 0.5 for r in table),
+        "order_conflicts": sum(_conflicts(r["order_ps"]) for r in table),
         "invalid": dict(sorted(reasons.items())),
         "mean_score": sum(scores) / len(scores) if scores else None,
     }
+
+
+def _conflicts(order_ps: Sequence[float]) -> bool:
+    """Whether one order prefers the first response and the other the second."""
+    return len(order_ps) == 2 and min(order_ps) < 0.5 < max(order_ps)

@@ -165,9 +165,10 @@ def _commit_offline(context: Context) -> None:
     inputs = {"model": model.sha256, "prompts": context.round.manifest("prompts")["sha256"]}
     with context.round.commit("offline", inputs=inputs) as draft:
         result = context.crew.trainer().call(
-            "tokenize_pairs",
+            "tokenize_offline",
             model=str(context.folder(model)),
             source=_table(offline.path),
+            form="pairs" if context.config.pairs.threshold is None else "unpaired",
             split=offline.split,
             append_eos=offline.append_eos,
             max_tokens=context.config.prompts.max_tokens,

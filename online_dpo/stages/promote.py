@@ -6,7 +6,7 @@ from typing import Any
 
 from online_dpo.records import to_dict
 from online_dpo.schedule import is_promoted
-from online_dpo.stages.context import Context
+from online_dpo.stages.context import Context, trained_on
 from online_dpo.stages.origin import policy_zero
 
 
@@ -39,7 +39,8 @@ def round_counts(context: Context) -> dict[str, Any]:
     from online_dpo.files import read_json
 
     round_dir = context.round
-    pairs = read_json(round_dir.artifact("pairs") / "metrics.json")
+    name = trained_on(round_dir)
+    made = read_json(round_dir.artifact(name) / "metrics.json")
     samples = sum(round_dir.manifest(n)["rows"] for n in round_dir.children("samples"))
-    assert sum(pairs["responses"].values()) == samples, "samples do not reconcile"
-    return {"samples": samples, "responses": pairs["responses"], "pairs": pairs["pairs"]}
+    assert sum(made["responses"].values()) == samples, "samples do not reconcile"
+    return {"samples": samples, "responses": made["responses"], name: made[name]}

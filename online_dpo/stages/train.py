@@ -1,4 +1,4 @@
-"""Stage 4: the reference scores the pairs once, then one round of DPO makes the next policy."""
+"""Stage 4: the reference scores what is trained on once, then a round makes the next policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from online_dpo.files import read_json
 from online_dpo.loss_rules import needs_reference
 from online_dpo.records import ModelRef, to_dict
 from online_dpo.stages.canary import write_canary
-from online_dpo.stages.context import Context
+from online_dpo.stages.context import Context, trained_on
 from online_dpo.store import Draft
 
 Commit = Callable[[Context, Draft, dict[str, Any], dict[str, str]], None]
@@ -71,7 +71,7 @@ def commit_checkpoint(context: Context, path: Path, step: int, inputs: dict[str,
 
 
 def score_reference(context: Context) -> None:
-    """Commit `reference/`: its log-probs of the round's pairs, where the loss asks for them.
+    """Commit `reference/`: its log-probs of the round's responses, where the loss asks for them.
 
     A reference that moves is scored in every step instead.
     """
@@ -81,8 +81,9 @@ def score_reference(context: Context) -> None:
         return
     plan = context.inputs
     sampled = context.config.reference.logps == "sampled"
-    pairs = context.round.verify("pairs")
-    inputs = {"pairs": context.round.manifest("pairs")["sha256"], "model": plan.reference.sha256}
+    name = trained_on(context.round)
+    table = context.round.verify(name) / f"{name}.parquet"
+    inputs = {name: context.round.manifest(name)["sha256"], "model": plan.reference.sha256}
     with (
         context.working("train"),
         context.round.commit("reference", inputs=inputs) as draft,
@@ -90,25 +91,26 @@ def score_reference(context: Context) -> None:
         result = context.crew.trainer().call(
             "score_reference",
             model=context.model_params(plan.reference),
-            pairs=str(pairs / "pairs.parquet"),
+            pairs=str(table),
             out=str(draft.path / "logps.parquet"),
             sampled=sampled and plan.reference == plan.policy,
         )
         text = json.dumps(result, indent=2, sort_keys=True) + "\n"
         (draft.path / "metrics.json").write_text(text)
-        draft.rows = result["pairs"]
+        draft.rows = result[name]
 
 
 def train_policy(context: Context, *, commit: Commit | None = None) -> None:
-    """Train on `pairs/` and `reference/` from the last step checkpoint; `commit` ends it.
+    """Train on `pairs/` or `unpaired/`, and `reference/`, from the last step checkpoint.
 
-    Without `commit` the policy is committed as a campaign has it.
+    `commit` ends it; without one the policy is committed as a campaign has it.
     """
     plan, config = context.inputs, context.config
+    name = trained_on(context.round)
     carry = config.train.optimizer == "carry"
     inputs = {
         "policy": plan.policy.sha256,
-        "pairs": context.round.manifest("pairs")["sha256"],
+        name: context.round.manifest(name)["sha256"],
     }
     reference = None
     moving = plan.reference if config.train.reference_update is not None else None
@@ -130,7 +132,7 @@ def train_policy(context: Context, *, commit: Commit | None = None) -> None:
             "dpo",
             on_event=checkpoint_listener(context, bar, inputs),
             model=context.model_params(plan.policy),
-            pairs=str(context.round.verify("pairs") / "pairs.parquet"),
+            pairs=str(context.round.verify(name) / f"{name}.parquet"),
             reference_logps=reference,
             reference=None if moving is None else context.model_params(moving),
             plan={

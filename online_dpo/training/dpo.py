@@ -78,6 +78,11 @@ class DpoObjective:
         losses = self.loss(inputs)
         return Terms(losses.mean() * len(items), self._metrics(logps[:2], logps[:2], items))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a round trains on, in counts."""
+        return {"pairs": len(self.pairs)}
+
     def set_reference(self, items: Sequence[int], logps: PairLogps) -> None:
         """Put the log-probs of these items in the place of those there were."""
         assert self._reference is not None
@@ -188,11 +193,12 @@ def loop_settings(train: Mapping[str, Any], plan: Mapping[str, Any]) -> LoopSett
 
 
 def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A round's figures: of the first step, of the last, and means over steps."""
-    first, last = metrics[0], metrics[-1]
+    """A round's figures: of the first step that has each, of the last, and means over these."""
     names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "grad_norm")
+    values = {name: [row[name] for row in metrics if name in row] for name in names}
+    known = {name: of_steps for name, of_steps in values.items() if of_steps}
     return {
-        **{f"first_{name}": first[name] for name in names},
-        **{f"last_{name}": last[name] for name in names},
-        **{f"mean_{name}": sum(row[name] for row in metrics) / len(metrics) for name in names},
+        **{f"first_{name}": of_steps[0] for name, of_steps in known.items()},
+        **{f"last_{name}": of_steps[-1] for name, of_steps in known.items()},
+        **{f"mean_{name}": sum(of_steps) / len(of_steps) for name, of_steps in known.items()},
     }

@@ -17,7 +17,7 @@ from online_dpo import models
 from online_dpo.dequantization import write_dequantized
 from online_dpo.errors import ConfigError
 from online_dpo.memory_options import check_memory_options
-from online_dpo.offline_pairs import read_offline_pairs
+from online_dpo.offline_pairs import Form, form_of, read_offline_pairs, read_offline_unpaired
 from online_dpo.records import ModelRef, to_dict
 from online_dpo.same_tokenizer import check_same_tokenizer
 from online_dpo.tables import prompt_row, read_table, write_table
@@ -36,6 +36,7 @@ from online_dpo.training.data import (
     read_pairs,
 )
 from online_dpo.training.dpo import DpoObjective
+from online_dpo.training.kto import KtoObjective
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.loop import train
 from online_dpo.training.moving_reference import MovingReference
@@ -54,6 +55,13 @@ from online_dpo.training.sft import SftObjective
 from online_dpo.training.sft import loop_settings as sft_loop_settings
 from online_dpo.training.sft import summarize as summarize_sft
 from online_dpo.training.sharding import gather_model, make_mesh
+from online_dpo.training.unpaired import (
+    UNPAIRED_FILE,
+    read_unpaired,
+    read_unpaired_logps,
+    score_unpaired,
+    write_unpaired_logps,
+)
 
 METRICS_FILE = "train_metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -177,26 +185,32 @@ class Trainer:
             "problems": len(problems),
         }
 
-    def tokenize_pairs(
+    def form_of(self, *, emit: Emit, source: str, split: str) -> dict[str, Any]:
+        """What an offline set states: {"form": "pairs"}, or "unpaired" rows."""
+        return {"form": form_of(source, split=split)}
+
+    def tokenize_offline(
         self,
         *,
         emit: Emit,
         model: str,
         source: str,
+        form: Form,
         split: str,
         append_eos: bool,
         max_tokens: int | None,
         prompts_table: str | None,
         out: str,
     ) -> dict[str, Any]:
-        """Write an offline preference set as `pairs.parquet`, and `problems.jsonl`.
+        """Write an offline set as `pairs.parquet` or `unpaired.parquet`, and `problems.jsonl`.
 
-        Pairs on the evaluation prompts of `prompts_table`, a campaign's own, are left out.
+        Rows on the evaluation prompts of `prompts_table`, a campaign's own, are left out.
         """
         if not self._first:
             return {}
         table = read_table(Path(prompts_table)) if prompts_table else []
-        preferences, prompts, problems = read_offline_pairs(
+        read = read_offline_pairs if form == "pairs" else read_offline_unpaired
+        preferences, prompts, problems = read(
             self._tokenizer(Path(model)),
             source,
             split=split,
@@ -204,7 +218,7 @@ class Trainer:
             max_tokens=max_tokens,
             held_out={tuple(row["token_ids"]) for row in table if row["role"] == "eval"},
         )
-        write_table(Path(out) / "pairs.parquet", "pairs", [to_dict(p) for p in preferences])
+        write_table(Path(out) / f"{form}.parquet", form, [to_dict(p) for p in preferences])
         rows = [prompt_row(prompt, role="offline", weight=1.0) for prompt in prompts]
         write_table(Path(out) / "prompts.parquet", "prompts", rows)
         write_jsonl(Path(out) / "problems.jsonl", problems)
@@ -247,8 +261,10 @@ class Trainer:
         """Write the reference's log-probs of each pair that training will not skip to `out`.
 
         With `sampled` the log-probs that the sampler gave serve where a pair has them, and the
-        result states how far they are from ours.
+        result states how far they are from ours. A table of unpaired rows is one by its name.
         """
+        if Path(pairs).name == UNPAIRED_FILE:
+            return self._score_unpaired(model, Path(pairs), Path(out), emit)
         loaded = self._policies().get(Path(model["path"]), model["sha256"])
         kept, skipped = read_pairs(Path(pairs), self._limit(loaded.model))
         loss = PreferenceLoss.from_config(self.train_config)
@@ -264,6 +280,18 @@ class Trainer:
         if self._first:
             write_reference_logps(Path(out), kept, logps)
         return {"pairs": len(kept), **error, **_skipped(skipped)}
+
+    def _score_unpaired(
+        self, model: Mapping[str, str], table: Path, out: Path, emit: Emit
+    ) -> dict[str, Any]:
+        loaded = self._policies().get(Path(model["path"]), model["sha256"])
+        rows, skipped = read_unpaired(table, self._limit(loaded.model))
+        logps = score_unpaired(
+            loaded, rows, batch_tokens=self._batch_tokens, accelerator=self.accelerator, emit=emit
+        )
+        if self._first:
+            write_unpaired_logps(out, rows, logps)
+        return {"unpaired": len(rows), **_skipped(skipped)}
 
     def sft(
         self,
@@ -339,18 +367,30 @@ class Trainer:
         `plan` has beta, learning_rate, seed, round, rounds and optimizer_step. `reference_logps` is
         None for a loss without a reference, and for one that moves: it starts from the model
         `reference`. With `soft_labels` the judge's p reaches the loss. `base` is how an adapter's
-        folder names its base; without it, by the place where it was read.
+        folder names its base; without it, by the place where it was read. A table of unpaired rows
+        is one by its name, and trained on by KTO.
         """
         folder = Path(model["path"])
         policy = self._take(folder, model["sha256"], int(plan["seed"]))
-        kept, skipped = read_pairs(Path(pairs), self._limit(policy.model))
-        objective = DpoObjective(
-            kept,
-            self._reference_logps(reference_logps, kept),
-            loss=PreferenceLoss.from_config({**self.train_config, "beta": plan["beta"]}),
-            soft_labels=soft_labels,
-            device=policy.device,
-        )
+        loss = PreferenceLoss.from_config({**self.train_config, "beta": plan["beta"]})
+        limit = self._limit(policy.model)
+        objective: DpoObjective | KtoObjective
+        moving = None
+        if Path(pairs).name == UNPAIRED_FILE:
+            assert reference_logps is not None
+            rows, skipped = read_unpaired(Path(pairs), limit)
+            scored = read_unpaired_logps(Path(reference_logps), rows)
+            objective = KtoObjective(rows, scored, loss=loss, device=policy.device)
+        else:
+            kept, skipped = read_pairs(Path(pairs), limit)
+            objective = DpoObjective(
+                kept,
+                self._reference_logps(reference_logps, kept),
+                loss=loss,
+                soft_labels=soft_labels,
+                device=policy.device,
+            )
+            moving = self._moving(objective, reference)
         trained = train(
             policy,
             objective,
@@ -360,12 +400,12 @@ class Trainer:
             checkpoints=Path(checkpoints),
             resume_from=_path(resume_from),
             optimizer_from=_path(optimizer),
-            moving=self._moving(objective, reference),
+            moving=moving,
         )
         summary = {
             "steps": trained.steps,
             "optimizer_step": plan["optimizer_step"] + trained.steps,
-            "pairs": len(kept),
+            **objective.facts,
             "layout": policy.layout,
             **_skipped(skipped),
             **dpo.summarize(trained.metrics),

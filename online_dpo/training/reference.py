@@ -40,13 +40,13 @@ def score_sequences(
         offsets.append(offsets[-1] + len(response))
     flat = torch.zeros(offsets[-1], dtype=torch.float64)
     with model.full_precision():
-        for part, values in _scored(
+        for part, values in scored_parts(
             model, [[s] for s in sequences], batch_tokens, accelerator, emit
         ):
             rows = part.rows(values)[part.index].cpu()  # (items, R)
             for item, row in zip(part.items, rows, strict=True):
                 flat[offsets[item] : offsets[item + 1]] = row[: len(sequences[item][1])]
-    logps = _all_processes(flat, accelerator).tolist()
+    logps = all_processes(flat, accelerator).tolist()
     return [logps[a:b] for a, b in pairwise(offsets)]
 
 
@@ -107,13 +107,13 @@ def score_pairs(
             sequences.append((pair.prompt, stranger))
     count = 3 if with_mismatched else 2
     sums = torch.zeros((count + 2, len(pairs)), dtype=torch.float64)
-    for part, values in _scored(model, wanted, batch_tokens, accelerator, emit):
+    for part, values in scored_parts(model, wanted, batch_tokens, accelerator, emit):
         lengths = part.sequence_lengths().unflatten(0, (count, -1))
         limits = lengths[:2].amin(dim=0).repeat(count)
         whole, common = part.sums(values), part.sums(values, limits=limits)
         both = [x.unflatten(0, (count, -1)) for x in (whole, common)]
         sums[:, list(part.items)] = torch.cat([both[0], both[1][:2]]).cpu()
-    chosen, rejected, *third, chosen_common, rejected_common = _all_processes(sums, accelerator)
+    chosen, rejected, *third, chosen_common, rejected_common = all_processes(sums, accelerator)
     return PairLogps(chosen, rejected, chosen_common, rejected_common, *third), {}
 
 
@@ -192,7 +192,7 @@ def read_reference_logps(path: Path, pairs: Sequence[Pair]) -> PairLogps:
     return PairLogps(**values)
 
 
-def _scored(
+def scored_parts(
     model: LogProbModel,
     wanted: Sequence[Sequence[TokenPair]],
     batch_tokens: int,
@@ -228,7 +228,7 @@ _COLUMNS = {
 }
 
 
-def _all_processes(values: Tensor, accelerator: Accelerator) -> Tensor:
+def all_processes(values: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum over processes, each of which holds zeros where another one did the work."""
     if accelerator.num_processes == 1:
         return values
