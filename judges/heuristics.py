@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from judges.heuristics_forms import FORMS
 from online_dpo.errors import ConfigError
 from online_dpo.records import Prompt, Response, Score
 from online_dpo.resources import find_data
@@ -99,6 +100,27 @@ class Regex(_Options):
         return self
 
 
+class Tokens(_Options):
+    """Minus the number of tokens, those that end the response included: a penalty per token."""
+
+    kind: Literal["tokens"]
+    free: int = Field(default=0, ge=0)
+    """Tokens that cost nothing."""
+
+
+class Format(_Options):
+    """1 where the response has a form, else 0.
+
+    json: JSON as a whole, in a code fence or not; bullets: every line that is not blank is a bullet
+    point (-, * or +); numbered: such lines begin 1. 2. 3. or 1) 2) 3); one_line: no line break;
+    plain: no Markdown headings, bullet points, emphasis, code or tables.
+    """
+
+    kind: Literal["format"]
+    form: Literal["json", "bullets", "numbered", "one_line", "plain"]
+    """The form that is asked for."""
+
+
 class Transitions(_Options):
     """Minus the number of neighbouring words that never stand so in a corpus: illegal word order.
 
@@ -117,7 +139,8 @@ class Finished(_Options):
 
 
 Options = Annotated[
-    Lexicon | Length | Repetition | Regex | Transitions | Finished, Field(discriminator="kind")
+    Lexicon | Length | Tokens | Repetition | Regex | Format | Transitions | Finished,
+    Field(discriminator="kind"),
 ]
 
 
@@ -153,6 +176,11 @@ def _measure(options: Options) -> Measure:
             return _lexicon(options)
         case Length(min=low, max=high):
             return lambda response: -_distance(len(words(response.text)), low, high)
+        case Tokens(free=free):
+            return lambda response: -float(max(len(response.token_ids) - free, 0))
+        case Format(form=form):
+            has_form = FORMS[form]
+            return lambda response: float(has_form(response.text.strip()))
         case Repetition(n=n):
             return lambda response: -repeated_share(words(response.text), n)
         case Regex(pattern=pattern):

@@ -36,6 +36,8 @@ class Scripted:
         self._scores = dict(scores or {})
         self._verdicts = _both_orders(verdicts or [])
         self._default = default
+        if scores is None:
+            _check_p(default)
 
     def score(self, prompt: Prompt, responses: Sequence[Response]) -> list[Score]:
         """The scripted score of each response."""
@@ -48,6 +50,11 @@ class Scripted:
         return Verdict(p, UNSCRIPTED if p is None else None)
 
 
+def _check_p(p: Any) -> None:
+    if p is not None and not (isinstance(p, int | float) and 0 <= p <= 1):
+        raise ConfigError(f"a scripted p lies in [0, 1] or is null, not {p!r}")
+
+
 def _both_orders(verdicts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float | None]:
     """Every verdict and its mirror image, unless the mirror image has a line of its own."""
     scripted: dict[tuple[str, str], float | None] = {}
@@ -56,6 +63,7 @@ def _both_orders(verdicts: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str],
         if set(verdict) != {"first", "second", "p"}:
             raise ConfigError(f"a scripted verdict has first, second and p, not {dict(verdict)}")
         first, second, p = verdict["first"], verdict["second"], verdict["p"]
+        _check_p(p)
         scripted[first, second] = p
         mirrored[second, first] = None if p is None else 1.0 - p
     return mirrored | scripted

@@ -28,7 +28,7 @@ _UNIT = re.compile(r"[mgshlLCFKWVAJN]?|[^\W\d_]{2,}.*|°.*", re.DOTALL)
 _STATED = re.compile(r"(?<!/)\banswer\s*(?:is|was|=|:)[\s:*]*(?P<answer>[^\n]+)", re.IGNORECASE)
 _HASHES = re.compile(r"####\s*(?P<answer>[^\n]+)")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_CLAUSE = re.compile(r"[,;](?=\s)|[.!?](?=\s|$)|\s(?:because|since|as|so|which)\b")
+CLAUSE = re.compile(r"[,;](?=\s)|[.!?](?=\s|$)|\s(?:because|since|as|so|which)\b")
 
 _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r" \1/\2"),
@@ -79,7 +79,7 @@ class FinalAnswer:
     """
 
     name: ClassVar[str] = "final_answer"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     inline: ClassVar[bool] = True
 
     def __init__(self, field: str = "answer") -> None:
@@ -89,13 +89,17 @@ class FinalAnswer:
         """1.0 or 0.0 for each response."""
         gold = prompt.metadata.get(self.field)
         if gold is None or not str(gold).strip():
-            reason = f"the prompt has no gold answer in its field {self.field!r}"
-            return [Score(None, reason) for _ in responses]
+            return [no_gold(self.field) for _ in responses]
         expected = gold_answer(gold)
         return [
             Score(float(is_answer(response.text, expected, truncated=response.truncated)))
             for response in responses
         ]
+
+
+def no_gold(field: str) -> Score:
+    """The score of a response whose prompt has no gold answer."""
+    return Score(None, f"the prompt has no gold answer in its field {field!r}")
 
 
 def gold_answer(gold: Any) -> str:
@@ -109,7 +113,7 @@ def is_answer(text: str, expected: str, *, truncated: bool = False) -> bool:
     """Whether the final answer of a text is the expected one."""
     number = as_number(expected)
     if number is None:
-        return _normal(expected) in {_normal(answer) for answer in _final_texts(text)}
+        return normal_text(expected) in {normal_text(answer) for answer in _final_texts(text)}
     found = final_number(text, truncated=truncated)
     return found is not None and found.equals(number)
 
@@ -119,7 +123,7 @@ def final_number(text: str, *, truncated: bool = False) -> Number | None:
     for mark in reversed(marks(text)):
         answer = mark.answer
         if mark.kind == "stated":
-            answer = _CLAUSE.split(_plain(answer))[0]
+            answer = CLAUSE.split(_plain(answer))[0]
         answer = answer.rpartition("=")[2]
         number = as_number(answer)
         if number is None and mark.kind == "stated":
@@ -189,7 +193,7 @@ def _final_texts(text: str) -> list[str]:
     marked = marks(text)
     if marked:
         answer = marked[-1].answer
-        return [answer, _CLAUSE.split(answer)[0]]
+        return [answer, CLAUSE.split(answer)[0]]
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1:]
 
@@ -210,6 +214,10 @@ def _plain(text: str) -> str:
     return text
 
 
-def _normal(text: str) -> str:
-    """Text for comparison: without LaTeX's wrappers, spaces, case and final punctuation."""
-    return re.sub(r"[\s$]+", "", _plain(text)).strip(".,;:!?'\"").casefold()
+def normal_text(text: str) -> str:
+    """Text for comparison: without LaTeX's wrappers, spaces, case and final punctuation.
+
+    The brackets around the letter of a choice, (B), go too.
+    """
+    bare = re.sub(r"[\s$]+", "", _plain(text)).strip(".,;:!?'\"").casefold()
+    return bare[1:-1] if re.fullmatch(r"\([^\W\d_]\)", bare) else bare

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from online_dpo.chat import ChatReply, ChatRequest, Estimate
 from online_dpo.deadline import Deadline
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """What a call is for: part of its key, apart from purpose and round."""
+    """What a call is for: part of its key, apart from purpose and round.
+
+    `judge` and `version` are those of the judge that asks, where it is not the door's own.
+    """
 
     prompt_id: str
     response_ids: tuple[str, ...]
@@ -25,6 +29,8 @@ class CallContext:
     vote: int
     purpose: str
     round: int
+    judge: str | None = None
+    version: str | None = None
 
     @classmethod
     def of(cls, question: Question, purpose: str, round: int) -> CallContext:
@@ -59,6 +65,37 @@ class Calls:
         """Write what was made of the replies beside them in the ledger, without waiting for it."""
         if self._keys:
             self._door.conclude(self._keys, answer_to_json(answer))
+
+    @property
+    def vote(self) -> int:
+        """Which of `judge.votes` this judgement is, from 0."""
+        return self._context.vote
+
+    @property
+    def swapped(self) -> bool:
+        """Whether a pair is shown in the reverse of its order."""
+        return self._context.swapped
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Stops the judgement's deadline, while it waits for what has one of its own."""
+        return self._deadline.paused()
+
+    def of_member(
+        self, judge: str, version: str, deadline: Deadline, *, response_id: str | None = None
+    ) -> Calls:
+        """The door for a judge that this one asks, under that one's name, about the same question.
+
+        With `response_id` it is asked about this response alone. What makes its calls fail ends
+        that judgement and no other.
+        """
+        context = replace(self._context, judge=judge, version=version)
+        if response_id is not None:
+            context = replace(context, response_ids=(response_id,), swapped=False)
+        return self._door.calls(context, deadline)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Put an event into the run's record."""
+        self._door.tell(event)
 
 
 def answer_to_json(answer: Verdict | tuple[Score, ...]) -> str:

@@ -284,6 +284,8 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
         judge["name"] = _resolve_code(judge["name"], base)
         if judge["name"] == PEOPLE and isinstance(gold := judge["options"].get("gold"), str):
             judge["options"]["gold"] = _resolve_table(gold, base)
+        for member in _members(judge["options"]):
+            member["name"] = _resolve_code(member["name"], base)
         judge["reuse_from"] = [_resolve_run(run, base) for run in judge["reuse_from"]]
     if data["judge"]["prices"] is not None:
         data["judge"]["prices"] = str(find_data(data["judge"]["prices"], base=base))
@@ -292,6 +294,13 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
     campaign["name"] = campaign["name"] or stem
     campaign["run_dir"] = os.path.abspath(campaign["run_dir"] or Path("runs") / campaign["name"])
     return Config.model_validate(data)
+
+
+def _members(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The judges that a panel's options list."""
+    members = options.get("members")
+    members = members if isinstance(members, list) else []
+    return [m for m in members if isinstance(m, dict) and isinstance(m.get("name"), str)]
 
 
 def _resolve_table(path: str, base: Path) -> str:

@@ -112,6 +112,10 @@ class Door:
         )  # fmt: skip
         return Calls(self, context, deadline, seed)
 
+    def tell(self, event: dict[str, Any]) -> None:
+        """Put an event into the run's record."""
+        self._on_event(event)
+
     def open(self) -> None:
         """Take calls again after `refuse`, and count anew."""
         self.fatal = None
@@ -159,7 +163,8 @@ class Door:
         except RequestRefused:
             raise
         except CampaignError as error:
-            self.fatal = self.fatal or error
+            if context.judge is None or not isinstance(error, JudgeError):
+                self.fatal = self.fatal or error
             raise
 
     def conclude(self, keys: Sequence[str], verdict: str) -> None:
@@ -183,8 +188,8 @@ class Door:
         self._tally.priced(request.model, self._tier, tariff)
         batch = None if self._config.batch is None else GATHERING
         entry = new_entry(
-            self._config.name, self._version, request, context, estimate, tariff,
-            tier=self._tier, batch=batch,
+            context.judge or self._config.name, context.version or self._version,
+            request, context, estimate, tariff, tier=self._tier, batch=batch,
         )  # fmt: skip
         return _Call(request, estimate, tariff, entry)
 
@@ -214,7 +219,7 @@ class Door:
             except CallFault as fault:
                 where = f" at {call.request.base_url}" if call.request.base_url else ""
                 message = (
-                    f"The judge {self._config.name!r} got no answer for prompt "
+                    f"The judge {call.entry.judge!r} got no answer for prompt "
                     f"{call.entry.prompt_id!r} from {call.request.model!r}{where}, attempt "
                     f"{attempt + 1}: {fault}"
                 )

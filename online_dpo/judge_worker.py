@@ -62,7 +62,9 @@ class JudgeHandler:
         return {"scores": [asdict(score) for score in answer]}
 
     def close(self) -> None:
-        """Nothing to free: the process ends."""
+        """Let the judge end what it has started, if it says how."""
+        if callable(close := getattr(self._form.judge, "close", None)):
+            close()
 
 
 class _NoCalls:

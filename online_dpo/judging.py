@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import traceback
@@ -13,7 +12,6 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
-from online_dpo import plugins
 from online_dpo.annotation.asker import PeopleAsker
 from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
 from online_dpo.calls import Calls as Calls
@@ -22,7 +20,6 @@ from online_dpo.chat import ChatRequest as ChatRequest
 from online_dpo.chat import Estimate as Estimate
 from online_dpo.chat import RequestRefused as RequestRefused
 from online_dpo.chat import TokenLogprobs as TokenLogprobs
-from online_dpo.chat import missing_key
 from online_dpo.clashes import of_judge
 from online_dpo.comparison_schedules import Pair, make_schedule, most_comparisons
 from online_dpo.config import JudgeConfig
@@ -32,13 +29,11 @@ from online_dpo.judge_forms import (
     Answer,
     Form,
     Mode,
-    is_built_in,
-    make_form,
-    mode_of,
     repeats_itself,
 )
 from online_dpo.judge_loop import LoopAsker
-from online_dpo.judge_worker import JudgeProcess
+from online_dpo.judge_opening import check_key, open_judge
+from online_dpo.members import Host
 from online_dpo.own_model import OwnModelAsker, OwnModels, Who
 from online_dpo.prices import is_priced
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
@@ -102,6 +97,7 @@ class Labeller:
         self.own_models: OwnModels | None = None
         """The round's models, for a judge that asks one of them; set beside `round`."""
         self._repeats = False
+        self._form: Form | None = None
         self._version: str
         self.who: Who
         """Which of the round's models is asked, where one is."""
@@ -235,32 +231,30 @@ class Labeller:
     def close(self) -> None:
         """End the judge's process or connections and close the ledger. Safe to repeat."""
         self._asker.close()
+        close = None if self._form is None else getattr(self._form.judge, "close", None)
+        if callable(close):
+            close()
 
     def _prepare(self) -> None:
-        name, options, base = self.config.name, self.config.options, self._base
-        if is_built_in(name):
-            mode = mode_of(plugins.resolve(name))
-            if mode != "worker":
-                self._take(make_form(name, options, base), mode)
-                return
-        # A user's module is imported in a process of its own first: it may load torch, or hang.
-        run = self._ledger_path.parent
-        process = JudgeProcess(name, options, base, run=run, log=self._log, env=self._env)
-        try:
-            found = process.describe()
-        except BaseException:
-            process.close()
-            raise
-        if found["mode"] == "worker":
-            self.kind, self.mode, self._version = found["kind"], "worker", found["version"]
-            self._asker = ProcessAsker(process, self.config, found["function"])
+        run, config = self._ledger_path.parent, self.config
+        opened = open_judge(
+            config.name, config.options, self._base, run=run, log=self._log, env=self._env
+        )
+        if opened.process is not None:
+            self.kind, self.mode, self._version = opened.kind, opened.mode, opened.version
+            self._asker = ProcessAsker(opened.process, config, opened.function)
             return
-        process.close()
-        self._take(make_form(name, options, base), found["mode"])
+        assert opened.form is not None
+        self._take(opened.form, opened.mode)
 
     def _take(self, form: Form, mode: Mode) -> None:
         """Use a judge that runs in this process."""
-        self.kind, self.mode, self._version = form.kind, mode, form.version
+        self._form = form
+        if (seat := getattr(form.judge, "seat", None)) is not None:
+            run = self._ledger_path.parent
+            seat(Host(self._base, run, self._log, self.config, self._env))
+        self.kind, self._version = form.kind, form.version
+        self.mode = getattr(form.judge, "members_mode", mode)
         self._priced = is_priced(form.judge, self.config)
         self._repeats = repeats_itself(form.judge)
         if mode == "inline":
@@ -273,7 +267,7 @@ class Labeller:
             self.config = self.config.model_copy(update={"orders": "one"})
             self._asker = PeopleAsker(form, run=self._ledger_path.parent, seed=self._seed)
         else:
-            _check_key(form.judge)
+            check_key(form.judge)
             self._asker = LoopAsker(
                 form, self.config, self._ledger_path, seed=self._seed, section=self._section
             )
@@ -364,16 +358,6 @@ def _part(on_share: OnShare | None, done: int, wave: int, total: int) -> OnShare
     if on_share is None:
         return None
     return lambda share: on_share(min(1.0, (done + share * wave) / total))
-
-
-def _check_key(judge: Any) -> None:
-    """Ask for an API's key before anything is sampled for it, where a judge says what it needs.
-
-    Raises ConfigError. A server of one's own (`base_url`) may do without.
-    """
-    name = getattr(judge, "api_key_env", None)
-    if name is not None and getattr(judge, "base_url", None) is None and not os.environ.get(name):
-        raise ConfigError(missing_key(name))
 
 
 def _as_scores(answer: Answer) -> tuple[Score, ...]:

@@ -96,6 +96,16 @@ def names_code(name: str) -> bool:
     return ":" in name
 
 
+def member_names(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(place, name) of the judges that a judge's options list as its members."""
+    members = options.get("members")
+    return [
+        (f"options.members[{index}].name", member["name"])
+        for index, member in enumerate(members if isinstance(members, list) else [])
+        if isinstance(member, Mapping) and isinstance(member.get("name"), str)
+    ]
+
+
 def available(group: str = JUDGE_GROUP) -> dict[str, EntryPoint]:
     """The installed plug-ins of a group by name."""
     return {point.name: point for point in entry_points(group=group)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from online_dpo.clashes import PEOPLE, of_judge, with_judges
@@ -24,6 +24,7 @@ from online_dpo.judge_forms import (
 )
 from online_dpo.judge_worker import JudgeProcess
 from online_dpo.loss_rules import describe_loss
+from online_dpo.members import most_demanding, paying_like
 from online_dpo.plugins import resolve
 from online_dpo.prices import also_priced, is_priced
 from online_dpo.resources import find_data
@@ -46,6 +47,7 @@ class _Judge:
     mode: Mode
     priced: bool = True
     repeats: bool = False
+    members: tuple[JudgeConfig, ...] = ()
 
 
 def check_config(config: Config) -> Plan:
@@ -147,6 +149,8 @@ def _tables(config: Config) -> list[str]:
 def _checked_judge(judge: JudgeConfig, section: str, env: Mapping[str, str]) -> _Judge:
     """Make the judge, as far as that loads no model, and try its settings on it."""
     found = _built_in(judge) if is_built_in(judge.name) else _of_ones_own(judge, env)
+    if found.members:
+        found = _with_members(found, judge, section, env)
     _refuse(
         of_judge(
             judge,
@@ -160,10 +164,25 @@ def _checked_judge(judge: JudgeConfig, section: str, env: Mapping[str, str]) -> 
     return found
 
 
+def _with_members(
+    panel: _Judge, config: JudgeConfig, section: str, env: Mapping[str, str]
+) -> _Judge:
+    """A judge that asks others, with what the others turn out to be."""
+    asked = [
+        _checked_judge(paying_like(member, config), f"{section}.options.members[{index}]", env)
+        for index, member in enumerate(panel.members)
+    ]
+    mode = most_demanding(member.mode for member in asked)
+    return replace(panel, mode=mode, priced=all(member.priced for member in asked))
+
+
 def _built_in(judge: JudgeConfig) -> _Judge:
     target = resolve(judge.name)
     if mode_of(target) != "worker":
         form = make_form(judge.name, judge.options, None)
+        if seats := getattr(form.judge, "seats", ()):
+            members = tuple(seat.config for seat in seats)
+            return _Judge(form.kind == "compare", form.mode, members=members)
         priced = is_priced(form.judge, judge)
         return _Judge(form.kind == "compare", form.mode, priced, repeats_itself(form.judge))
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from online_dpo.config import Config
 from online_dpo.errors import ConfigError
-from online_dpo.plugins import names_code
+from online_dpo.plugins import member_names, names_code
 
 _HARMLESS_ENGINE_KEYS = frozenset(
     (
@@ -38,12 +38,13 @@ _HARMLESS_ENGINE_KEYS = frozenset(
 
 def code_fields(config: Config) -> Iterator[tuple[str, str]]:
     """(field, value) for everything in a config that names code to run."""
-    judges = [("judge.name", config.judge)]
+    judges = [("judge", config.judge)]
     if config.evaluation.judge is not None:
-        judges.append(("evaluation.judge.name", config.evaluation.judge))
-    for field, judge in judges:
-        if names_code(judge.name):
-            yield field, judge.name
+        judges.append(("evaluation.judge", config.evaluation.judge))
+    for section, judge in judges:
+        for place, name in [("name", judge.name), *member_names(judge.options)]:
+            if names_code(name):
+                yield f"{section}.{place}", name
     if names_code(config.pairs.selector):
         yield "pairs.selector", config.pairs.selector
     if config.model.trust_remote_code:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sys
 import time
@@ -180,3 +181,46 @@ class SleepsBesidesPaying(Paying):
     async def _one(self, prompt: Prompt, response: Response, calls: Calls) -> Score:
         await asyncio.sleep(0.05)
         return await super()._one(prompt, response, calls)
+
+
+class Fails:
+    """Raises on every prompt whose metadata say so."""
+
+    inline = True
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
+        if prompt.metadata.get("fails"):
+            raise OSError("the disk is gone")
+        return 1.0
+
+
+class Abstains:
+    inline = True
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> Verdict:
+        return Verdict(None, "it depends", raw="who knows")
+
+
+class Noisy:
+    """A number for each order of two texts, as good as drawn, in [0, 1]."""
+
+    inline = True
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
+        draw = hashlib.sha256(f"{self.seed}/{first.text}/{second.text}".encode()).digest()
+        return draw[0] / 255
+
+
+class Counted:
+    """Scores by length in a worker, and writes down what it was asked."""
+
+    def __init__(self, log: str) -> None:
+        self.log = log
+
+    def score(self, prompt: Prompt, responses: Sequence[Response]) -> list[float]:
+        with open(self.log, "a") as log:
+            log.writelines(f"{response.id}\n" for response in responses)
+        return [float(len(response.text)) for response in responses]

@@ -89,6 +89,37 @@ def test_finished_costs_a_truncated_response() -> None:
     assert value("The plot.", scorer, finish_reason="stop") == 0
 
 
+def test_tokens_cost_their_number_beyond_the_free_ones() -> None:
+    response = Response("r", "p", "three words here", (5, 6, 7, 8, 0), "eos")
+    penalty = Heuristic(scorers=[{"kind": "tokens", "weight": 0.01}])
+    assert penalty.score(PROMPT, [response])[0].value == pytest.approx(-0.05)
+    free = {"kind": "tokens", "free": 3, "weight": 2}
+    reward = {"kind": "regex", "pattern": "words", "weight": 10}
+    assert Heuristic(scorers=[free, reward]).score(PROMPT, [response])[0].value == 10 - 2 * 2
+    assert value("one token", {"kind": "tokens", "free": 3}) == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "has", "lacks"),
+    [
+        ("json", '```json\n{"a": [1]}\n```', '{"a": 1} it is'),
+        ("bullets", "- one\n\n  * two\n+ three", "- one\ntwo"),
+        ("bullets", "- one", ""),
+        ("numbered", "1. one\n2) two\n\n3. three", "1. one\n3. three"),
+        ("numbered", "1. one", "2. two"),
+        ("one_line", "\nAll in one.\n", "Two\nlines"),
+        ("plain", "Snake_case costs 2 * 3 = 6 - 1.\nOne-line.", "# Title\ntext"),
+        ("plain", "Just prose.", "Some **bold** prose."),
+        ("plain", "Just prose.", "- a point"),
+        ("plain", "An [aside] (really).", "A [link](there)."),
+    ],
+)
+def test_format_is_one_where_the_form_is_there(form: str, has: str, lacks: str) -> None:
+    scorer = {"kind": "format", "form": form, "weight": 3}
+    assert value(has, scorer) == 3
+    assert value(lacks, scorer) == 0
+
+
 def write_corpus(folder: Path, *responses: object) -> str:
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"response": text}) + "\n" for text in responses))
@@ -147,6 +178,7 @@ def test_scores_align_with_responses() -> None:
         ([{"kind": "length", "min": -1}], "scorers\\[0\\]\\.min: .*greater than or equal to 0"),
         ([{"kind": "length", "min": 9, "max": 3}], "max \\(3\\) is smaller than min \\(9\\)"),
         ([{"kind": "finished"}, {"kind": "regex", "pattern": "("}], "scorers\\[1\\].*expression"),
+        ([{"kind": "format", "form": "poem"}], "scorers\\[0\\]\\.form: .*'json'"),
         ([{"kind": "lexicon"}], "name at least one word"),
         ([{"kind": "lexicon", "positive": ["A"], "negative": ["a"]}], "both positive and negative"),
         ([{"kind": "finished", "weight": float("nan")}], "scorers\\[0\\]\\.weight: .*finite"),

@@ -50,6 +50,9 @@ WRITTEN = [page for page in PAGES if page.name != "design.md"]
 RESERVED = {12}
 """Exit codes that no command gives yet."""
 
+NEED_FILES = {"reward_model", "replay"}
+"""Judges that can only be made where a model or a record is."""
+
 SHRINK = [
     "model.init={vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_layers: 1, "
     "num_heads: 2}",
@@ -343,7 +346,10 @@ def test_every_piece_of_config_is_valid(text: str, tmp_path: Path) -> None:
     for name, section in sections.items():
         checked = TypeAdapter(Config.model_fields[name].annotation).validate_python(section)
         if isinstance(checked, JudgeConfig) and checked.name in available():
-            available()[checked.name].load()(**checked.options)
+            judge = available()[checked.name].load()
+            inspect.signature(judge).bind(**checked.options)
+            if checked.name not in NEED_FILES:
+                judge(**checked.options)
 
 
 def test_the_config_reference_is_up_to_date() -> None:
@@ -406,6 +412,16 @@ def test_the_heuristic_kinds_are_listed() -> None:
 
     kinds = re.findall(r"'const': '(\w+)'", str(TypeAdapter(Options).json_schema()))
     assert sorted(first_code(table(DOCS / "judges.md", "Kind"))) == sorted(set(kinds))
+
+
+def test_the_instructions_and_their_arguments_are_listed() -> None:
+    from judges.verifiers_ifeval_checks import CHECKS
+
+    rows = table(DOCS / "judges.md", "Instruction")
+    assert first_code(rows) == list(CHECKS)
+    for name, row in zip(first_code(rows), rows, strict=True):
+        arguments = list(inspect.signature(CHECKS[name]).parameters)[1:]
+        assert re.findall(r"`(\w+)`", row[1]) == arguments, name
 
 
 def test_a_judge_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
