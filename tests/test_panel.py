@@ -257,6 +257,30 @@ def test_a_paid_member_has_its_own_name_in_the_ledger_and_is_paid_once_a_respons
     assert sorted(json.loads(row[2]) for row in rows) == sorted([[one.id], [other.id], [third.id]])
 
 
+def test_what_a_judge_said_alone_is_not_bought_again_for_a_panel(
+    make: MakeLabeller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "test")
+    with JudgeServer(lambda request, number: Say("[[A]]")) as server:
+        judge = {
+            "name": "llm_pairwise",
+            "options": {"model": "m", "base_url": server.url, "structured": False},
+        }
+        alone = Labeller(
+            JudgeConfig(**judge),
+            base=None,
+            ledger_path=tmp_path / "judgments.sqlite",
+            seed=7,
+            round=1,
+            on_event=lambda event: None,
+        )
+        ask(alone)
+        alone.close()
+        assert server.num_billed == 2
+        ask(make({**judge, "label": "paid"}, FIRST, orders="both"))
+    assert server.num_billed == 2
+
+
 def test_a_paid_member_whose_key_is_refused_fails_alone(
     make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
