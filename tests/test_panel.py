@@ -300,11 +300,11 @@ def test_a_paid_member_whose_key_is_refused_fails_alone(
 def test_no_quorum_outvotes_the_budget(make: MakeLabeller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "test")
     with JudgeServer(lambda request, number: Say("7")) as server:
-        labeller = make(grader(server), FIRST, UNSURE, quorum=1, budget=1e-9)
+        labeller = make(grader(server), FIRST, UNSURE, quorum=1, budget={"max_usd": 1e-9})
         with pytest.raises(BudgetError):
             ask(labeller)
-        with pytest.raises(ConfigError, match="budget cannot be kept without a price"):
-            make(grader(server, options={"dollars": None}), FIRST, budget=1.0)
+        with pytest.raises(ConfigError, match="max_usd cannot be kept without a price"):
+            make(grader(server, options={"dollars": None}), FIRST, budget={"max_usd": 1.0})
 
 
 # --- what is refused
@@ -353,7 +353,7 @@ def config(tmp_path: Path, *members: dict[str, Any], **judge: Any) -> Any:
             r"judge\.options\.members\[1\]\.scale makes p of two scores; 'scripted' compares",
         ),
         ([FIRST, {"name": "heuristc"}], {}, "no judge named 'heuristc'"),
-        ([FIRST, SECOND], {"budget": 5}, "judge.budget limits paid calls"),
+        ([FIRST, SECOND], {"budget": {"max_usd": 5}}, "judge.budget"),
         ([FIRST, SECOND], {"concurrency": 5}, "judge.concurrency is for judges that call an API"),
     ],
 )
