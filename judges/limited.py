@@ -40,7 +40,7 @@ class Limited:
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result. Raises NoResult where it raises, dies or takes too long."""
-        process = self._process or self._start()
+        process = self._running() or self._start()
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps([self._timeout_s, arguments]) + "\n")
         process.stdin.flush()
@@ -57,6 +57,12 @@ class Limited:
         if self._end is not None:
             self._end()
         self._process = None
+
+    def _running(self) -> subprocess.Popen[str] | None:
+        """The process, unless something has ended it since the last call."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        return self._process
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: a folder called `judges` in the working directory is not ours.

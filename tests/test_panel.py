@@ -257,6 +257,30 @@ def test_a_paid_member_has_its_own_name_in_the_ledger_and_is_paid_once_a_respons
     assert sorted(json.loads(row[2]) for row in rows) == sorted([[one.id], [other.id], [third.id]])
 
 
+def test_what_a_judge_said_alone_is_not_bought_again_for_a_panel(
+    make: MakeLabeller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "test")
+    with JudgeServer(lambda request, number: Say("[[A]]")) as server:
+        judge = {
+            "name": "llm_pairwise",
+            "options": {"model": "m", "base_url": server.url, "structured": False},
+        }
+        alone = Labeller(
+            JudgeConfig(**judge),
+            base=None,
+            ledger_path=tmp_path / "judgments.sqlite",
+            seed=7,
+            round=1,
+            on_event=lambda event: None,
+        )
+        ask(alone)
+        alone.close()
+        assert server.num_billed == 2
+        ask(make({**judge, "label": "paid"}, FIRST, orders="both"))
+    assert server.num_billed == 2
+
+
 def test_a_paid_member_whose_key_is_refused_fails_alone(
     make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,11 +300,11 @@ def test_a_paid_member_whose_key_is_refused_fails_alone(
 def test_no_quorum_outvotes_the_budget(make: MakeLabeller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "test")
     with JudgeServer(lambda request, number: Say("7")) as server:
-        labeller = make(grader(server), FIRST, UNSURE, quorum=1, budget=1e-9)
+        labeller = make(grader(server), FIRST, UNSURE, quorum=1, budget={"max_usd": 1e-9})
         with pytest.raises(BudgetError):
             ask(labeller)
-        with pytest.raises(ConfigError, match="budget cannot be kept without a price"):
-            make(grader(server, options={"dollars": None}), FIRST, budget=1.0)
+        with pytest.raises(ConfigError, match="max_usd cannot be kept without a price"):
+            make(grader(server, options={"dollars": None}), FIRST, budget={"max_usd": 1.0})
 
 
 # --- what is refused
@@ -329,7 +353,7 @@ def config(tmp_path: Path, *members: dict[str, Any], **judge: Any) -> Any:
             r"judge\.options\.members\[1\]\.scale makes p of two scores; 'scripted' compares",
         ),
         ([FIRST, {"name": "heuristc"}], {}, "no judge named 'heuristc'"),
-        ([FIRST, SECOND], {"budget": 5}, "judge.budget limits paid calls"),
+        ([FIRST, SECOND], {"budget": {"max_usd": 5}}, "judge.budget"),
         ([FIRST, SECOND], {"concurrency": 5}, "judge.concurrency is for judges that call an API"),
     ],
 )

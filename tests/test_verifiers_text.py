@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -91,9 +94,13 @@ def test_each_prompt_may_have_its_own_schema() -> None:
 
 
 def test_a_schema_fetches_nothing() -> None:
-    schema = {"$ref": "http://127.0.0.1:9/schema.json"}
-    (score,) = judged(JsonSchema(), "3", schema=schema)
-    assert score.value is None and "Unresolvable" in str(score.reason)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        schema = {"$ref": f"http://127.0.0.1:{server.getsockname()[1]}/schema.json"}
+        (score,) = judged(JsonSchema(), "3", schema=schema)
+        assert score.value is None and "Unresolvable" in str(score.reason)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has come
+            server.accept()
     inside = {"$defs": {"count": {"type": "integer"}}, "$ref": "#/$defs/count"}
     assert values(judged(JsonSchema(), "3", '"3"', schema=inside)) == [1, 0]
 
@@ -149,6 +156,20 @@ def test_a_call_inside_one_c_function_ends_and_so_does_one_that_takes_all_memory
     finally:
         power.close()
         repeat.close()
+
+
+def test_the_limit_is_on_the_call_and_not_on_the_pause_between_calls() -> None:
+    add = Limited("operator:add", timeout_s=0.5)
+    assert add(1, 1) == 2
+    process = add._process
+    assert process is not None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=0.7)
+    assert process.poll() is None
+    process.kill()  # as the system would, short of memory
+    process.wait()
+    assert add(1, 2) == 3
+    add.close()
 
 
 def test_a_process_that_dies_is_named_and_replaced() -> None:
