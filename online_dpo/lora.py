@@ -41,6 +41,7 @@ class AdaptedModel:
         for parameter in self._parameters().values():
             parameter.data = parameter.data.float()
 
+    @torch.no_grad()
     def reset(self, seed: int) -> None:
         """A new adapter, switched on: A drawn from `seed`, B zero, so that nothing changes yet."""
         generator = torch.Generator().manual_seed(seed)
@@ -48,9 +49,10 @@ class AdaptedModel:
             values = torch.zeros(parameter.shape)
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-            parameter.data.copy_(values)
+            parameter.copy_(values)
         self.switch(on=True)
 
+    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Take the weights of the adapter in a folder, and switch it on.
 
@@ -64,7 +66,7 @@ class AdaptedModel:
                 f"{self.config.r} on {', '.join(sorted(self.config.target_modules or ()))}."
             )
         for name, parameter in own.items():
-            parameter.data.copy_(stored[name])
+            parameter.copy_(stored[name])
         self.switch(on=True)
 
     def switch(self, *, on: bool) -> None:

@@ -108,7 +108,7 @@ def test_a_server_without_schemas_is_asked_in_words(make: MakeLabeller) -> None:
 
 def test_votes_are_calls_of_their_own(make: MakeLabeller) -> None:
     with serve(A, Say('{"verdict": "tie"}')) as server:
-        labeller = make(server, orders="one", votes=4)
+        labeller = make(server, orders="one", votes=4, also={"temperature": 0.7})
         (found,) = labeller.compare_pairs([pair()], purpose="label")
         assert len(server.requests) == 4
     assert found.p in (pytest.approx(0.625), pytest.approx(0.375))

@@ -80,6 +80,7 @@ def train(
         weight_decay=settings.weight_decay,
         moments=settings.adam_moments,
     )
+    inner.register_step_post_hook(lambda *_: model.rounded.forget())
     same = _must_agree(objective, settings) | (moving.settings if moving is not None else {})
     if isinstance(model, FSDPModule):
         wrapped, optimizer = model, inner

@@ -13,6 +13,9 @@ from torch.func import functional_call
 class RoundedWeights:
     """bfloat16 copies of float32 parameters, made anew where these have changed.
 
+    Changes are seen by torch's version counters, which torch's fused optimizers pass by: after
+    their steps call `forget`.
+
     Autocast rounds every weight in every forward pass, keeps embeddings and what layers add up in
     float32, and casts at each border. Here all of a forward and backward pass is in bfloat16, but
     for what the model itself widens; gradients are summed in float32, as FSDP2 does it.
