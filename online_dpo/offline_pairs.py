@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -62,10 +62,7 @@ def read_offline_pairs(
         return preference.pair_id, preference
 
     rows = read_rows(path, split=split)
-    found = _read(tokenizer, path, rows, parse_preference, make, max_tokens, held_out)
-    if not found[0]:
-        raise _nothing_usable(path, "preference", found[2])
-    return found
+    return _read(tokenizer, path, rows, parse_preference, make, "preference", max_tokens, held_out)
 
 
 def read_offline_unpaired(
@@ -84,10 +81,7 @@ def read_offline_unpaired(
         return row.row_id, row
 
     rows = read_rows(path, split=split)
-    found = _read(tokenizer, path, rows, parse_label, make, max_tokens, held_out)
-    if not found[0]:
-        raise _nothing_usable(path, "labelled answer", found[2])
-    return found
+    return _read(tokenizer, path, rows, parse_label, make, "labelled answer", max_tokens, held_out)
 
 
 def _read(
@@ -96,10 +90,14 @@ def _read(
     rows: Iterable[Row],
     parse: Callable[[Mapping[str, Any]], _Stated],
     make: Callable[[_Stated, Prompt], tuple[str, _Record]],
+    what: str,
     max_tokens: int | None,
     held_out: Collection[tuple[int, ...]],
 ) -> _Read[_Record]:
-    """What `make` makes of the rows, with an id of each; a row of a known id is a duplicate."""
+    """What `make` makes of the rows, with an id of each; a row of a known id is a duplicate.
+
+    Raises ConfigError, naming `what` a row should be, where none is usable.
+    """
     records: dict[str, _Record] = {}
     problems: list[dict[str, Any]] = []
     prompts: dict[str, Prompt] = {}
@@ -120,12 +118,10 @@ def _read(
             continue
         records[name] = record
         prompts[prompt.id] = prompt
+    if not records:
+        first = f": line {problems[0]['line']}: {problems[0]['reason']}" if problems else ""
+        raise ConfigError(f"{path} has no usable {what}{first}.")
     return list(records.values()), list(prompts.values()), problems
-
-
-def _nothing_usable(path: str, what: str, problems: Sequence[Mapping[str, Any]]) -> ConfigError:
-    first = f": line {problems[0]['line']}: {problems[0]['reason']}" if problems else ""
-    return ConfigError(f"{path} has no usable {what}{first}.")
 
 
 def _preference(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from labellers import make as make
+from labellers import open_labeller as open_labeller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Labellers with an LLM judge on one ledger, against a server of the test's own."""
+"""Labellers on one ledger of the test, closed at its end; LLM judges ask a server of its own."""
 
 from __future__ import annotations
 
@@ -26,32 +26,37 @@ def serve(*answers: Answer) -> JudgeServer:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeLabeller]:
-    """Makes labellers with an LLM judge on one ledger, and closes them."""
+def open_labeller(tmp_path: Path) -> Iterator[MakeLabeller]:
+    """Opens labellers of round 1 by the fields of their config, and closes them."""
     made = []
 
-    def make_labeller(
-        server: JudgeServer, *, events: list[Any] | None = None, **settings: Any
-    ) -> Labeller:
-        options = {"model": "m", "base_url": server.url, "price_per_million": PRICE}
+    def open_labeller(*, seed: int, events: list[Any] | None = None, **config: Any) -> Labeller:
         labeller = Labeller(
-            JudgeConfig(
-                name=settings.pop("name", "llm_pairwise"),
-                options=settings.pop("options", {**options, **settings.pop("also", {})}),
-                **settings,
-            ),
+            JudgeConfig(**config),
             base=None,
             ledger_path=tmp_path / "judgments.sqlite",
-            seed=3,
+            seed=seed,
             round=1,
             on_event=(events if events is not None else []).append,
         )
         made.append(labeller)
         return labeller
 
-    yield make_labeller
+    yield open_labeller
     for labeller in made:
         labeller.close()
+
+
+@pytest.fixture
+def make(open_labeller: MakeLabeller) -> MakeLabeller:
+    """Makes labellers with an LLM judge against a server."""
+
+    def make_labeller(server: JudgeServer, **settings: Any) -> Labeller:
+        options = {"model": "m", "base_url": server.url, "price_per_million": PRICE}
+        given = {"name": "llm_pairwise", "options": {**options, **settings.pop("also", {})}}
+        return open_labeller(seed=3, **{**given, **settings})
+
+    return make_labeller
 
 
 def rows(tmp_path: Path, columns: str) -> list[tuple[Any, ...]]:

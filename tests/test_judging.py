@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -37,27 +37,15 @@ def response(text: str, number: int = 0, finish_reason: Any = "eos") -> Response
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeLabeller]:
-    """Makes labellers for judges in judge_cases.py, or for a name given whole, and closes them."""
-    made = []
+def make(open_labeller: MakeLabeller) -> MakeLabeller:
+    """Makes labellers for judges in judge_cases.py, or for a name given whole."""
 
-    def make_labeller(name: str, *, events: list[Any] | None = None, **config: Any) -> Labeller:
+    def make_labeller(name: str, **config: Any) -> Labeller:
         if "/" not in name and name not in ("scripted", "llm_pairwise"):
             name = f"{CASES}:{name}"
-        labeller = Labeller(
-            JudgeConfig(name=name, **config),
-            base=None,
-            ledger_path=tmp_path / "judgments.sqlite",
-            seed=7,
-            round=1,
-            on_event=(events if events is not None else []).append,
-        )
-        made.append(labeller)
-        return labeller
+        return open_labeller(seed=7, name=name, **config)
 
-    yield make_labeller
-    for labeller in made:
-        labeller.close()
+    return make_labeller
 
 
 def scores(labels: list[Labels]) -> list[list[float | None]]:

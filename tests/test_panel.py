@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,32 +43,16 @@ MakeLabeller = Callable[..., Labeller]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeLabeller]:
-    """Makes labellers for panels of the given members, and closes them."""
-    made = []
+def make(open_labeller: MakeLabeller) -> MakeLabeller:
+    """Makes labellers for panels of the given members."""
 
     def make_labeller(
-        *members: dict[str, Any],
-        vote: str = "majority",
-        quorum: int | None = None,
-        events: list[Any] | None = None,
-        **config: Any,
+        *members: dict[str, Any], vote: str = "majority", quorum: int | None = None, **config: Any
     ) -> Labeller:
         options = {"members": list(members), "vote": vote, "quorum": quorum}
-        labeller = Labeller(
-            JudgeConfig(name="panel", options=options, **{"orders": "one", **config}),
-            base=None,
-            ledger_path=tmp_path / "judgments.sqlite",
-            seed=7,
-            round=1,
-            on_event=(events if events is not None else []).append,
-        )
-        made.append(labeller)
-        return labeller
+        return open_labeller(seed=7, name="panel", options=options, **{"orders": "one", **config})
 
-    yield make_labeller
-    for labeller in made:
-        labeller.close()
+    return make_labeller
 
 
 def ask(labeller: Labeller, number: int = 0, **metadata: Any) -> Comparison:

@@ -119,7 +119,6 @@ def judged(text: str, *asked: tuple[str, Any], level: Any = "instruction") -> Sc
 
 @pytest.mark.parametrize(("name", "arguments", "follows", "fails"), CASES)
 def test_each_instruction(name: str, arguments: dict[str, Any], follows: str, fails: str) -> None:
-    pytest.importorskip("py3langid")
     # The data set gives every argument that any instruction has, null where it is not its own.
     given = {"num_words": None, "language": None, "keywords": None, **arguments}
     assert judged(follows, (name, given)) == Score(1.0)

@@ -14,8 +14,6 @@ from judges.verifiers import FinalAnswer, gold_answer
 from judges.verifiers_math import MathAnswer
 from online_dpo.records import FinishReason, Prompt, Response, Score
 
-pytest.importorskip("math_verify")
-
 WORKED = Path(__file__).parent / "worked_answers.jsonl"
 
 
