@@ -22,7 +22,7 @@ from typing import Any
 
 import online_dpo
 from judges.heuristics import Heuristic
-from online_dpo.comparison_schedules import most_comparisons
+from online_dpo.asking.comparison_schedules import most_comparisons
 from online_dpo.config_file import load_config
 from online_dpo.progress import SilentProgress
 from online_dpo.records import Prompt, Response

@@ -27,7 +27,7 @@ from turns import print_conditions, print_table
 
 from online_dpo.config import JudgeConfig
 from online_dpo.judging import Labeller
-from online_dpo.ledger import LEDGER, Ledger
+from online_dpo.paid.ledger import LEDGER, Ledger
 from online_dpo.records import Comparison, Prompt, Response
 
 BOUND = 1.5

@@ -150,7 +150,7 @@ def write_model(folder: Path, size: Size, device: str = "cpu") -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from online_dpo.models import make_model, save_model
+    from online_dpo.models.loading import make_model, save_model
 
     vocab_size = size.model["vocab_size"]
     with torch.device(device):

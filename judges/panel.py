@@ -9,11 +9,11 @@ from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from online_dpo.calls import Calls
+from online_dpo.asking.judge_forms import Mode
+from online_dpo.asking.members import Host, Member, most_demanding
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
-from online_dpo.judge_forms import Mode
-from online_dpo.members import Host, Member, most_demanding
+from online_dpo.paid.calls import Calls
 from online_dpo.records import Prompt, Response, Verdict
 from online_dpo.voting import Rule, combine_votes
 

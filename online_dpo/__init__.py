@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from online_dpo.campaign import run
     from online_dpo.errors import CampaignError
-    from online_dpo.offline_training import train_preferences
+    from online_dpo.offline.training import train_preferences
     from online_dpo.records import (
         Message,
         Preference,
@@ -40,7 +40,7 @@ _HOMES = {
     "per_token_logps": "training.scoring",
     "run": "campaign",
     "sequence_logps": "training.scoring",
-    "train_preferences": "offline_training",
+    "train_preferences": "offline.training",
 }
 
 

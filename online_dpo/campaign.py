@@ -38,10 +38,10 @@ from online_dpo.errors import (
     SignalError,
 )
 from online_dpo.files import disk_faults, remove_tree
-from online_dpo.ledger import LEDGER, check_ledger
 from online_dpo.locks import RunLock
 from online_dpo.loop import Loop
-from online_dpo.pinning import check_pin
+from online_dpo.models.pinning import check_pin
+from online_dpo.paid.ledger import LEDGER, check_ledger
 from online_dpo.progress import Progress, make_progress
 from online_dpo.signals import stop_on_signals
 from online_dpo.store import RunDir

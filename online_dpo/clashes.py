@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from online_dpo.comparison_schedules import ACTIVE
+from online_dpo.asking.comparison_schedules import ACTIVE
 from online_dpo.loss_rules import needs_reference
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from online_dpo.display.visible import visible
 from online_dpo.errors import CampaignError, SignalError
 from online_dpo.files import as_disk_error
-from online_dpo.visible import visible
 
 if TYPE_CHECKING:
     from online_dpo.views import Campaign
@@ -117,7 +117,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Show it again every two seconds.")] = False,
 ) -> None:
     """Where a campaign stands, round by round."""
-    from online_dpo.terminal import print_status
+    from online_dpo.display.terminal import print_status
     from online_dpo.views import Campaign
 
     while True:
@@ -136,7 +136,7 @@ def status(
 @app.command()
 def show(run_dir: RunArgument, pair_id: str) -> None:
     """One preference: its prompt, both responses, what the judge said."""
-    from online_dpo.terminal import print_pair
+    from online_dpo.display.terminal import print_pair
     from online_dpo.views import Campaign
 
     print_pair(Campaign(run_dir), pair_id)
@@ -229,8 +229,8 @@ def train(
     overrides: SetOption = None,
 ) -> None:
     """Train on given preferences (offline DPO), or go on with that."""
-    from online_dpo.offline_config import offline_config
-    from online_dpo.offline_training import describe, train_offline
+    from online_dpo.offline.config import offline_config
+    from online_dpo.offline.training import describe, train_offline
     from online_dpo.progress import make_progress
 
     made = offline_config(pairs, model, config=config, overrides=overrides or ())
@@ -311,7 +311,7 @@ def _count_starts(run_dir: str | Path | None) -> int:
 
 def _finish(campaign: Campaign, starts: int) -> None:
     """The end of `run` and `resume`: the table, and where to look next."""
-    from online_dpo.terminal import print_summary
+    from online_dpo.display.terminal import print_summary
 
     idle = _count_starts(campaign.path) == starts
     print_summary(campaign, "This campaign was finished already: nothing to do." if idle else None)

@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from online_dpo.asking.comparison_schedules import ScheduleName
 from online_dpo.clashes import in_config
-from online_dpo.comparison_schedules import ScheduleName
 from online_dpo.loss_rules import (
     LOSS_FACTS,
     LossName,

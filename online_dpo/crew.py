@@ -14,7 +14,7 @@ from online_dpo.clashes import num_sampler_gpus, on_machine
 from online_dpo.config import Config
 from online_dpo.devices import visible_gpus
 from online_dpo.errors import ConfigError
-from online_dpo.memory_options import check_memory_options
+from online_dpo.models.memory_options import check_memory_options
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
 TRAINER = "online_dpo.training.handler:Trainer"

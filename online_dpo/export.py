@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from online_dpo.adapter_files import BASE_FILE, base_of, is_adapter
+from online_dpo.display.model_card import model_card
 from online_dpo.errors import ConfigError, DiskError
 from online_dpo.files import PARTIAL, disk_faults, fsync_path, remove_tree, size_of
-from online_dpo.model_card import model_card
-from online_dpo.pinning import base_folder, check_pin
+from online_dpo.models.adapter_files import BASE_FILE, base_of, is_adapter
+from online_dpo.models.pinning import base_folder, check_pin
 from online_dpo.records import ModelRef
 from online_dpo.store import MANIFEST, RunDir
 from online_dpo.views import Campaign, preference_rows, unpaired_rows
@@ -127,7 +127,7 @@ def _write_policy(campaign: Campaign, policy: Path, folder: Path) -> None:
     if not is_adapter(policy):
         _copy_model(policy, folder)
         return
-    from online_dpo.merging import write_merged
+    from online_dpo.models.merging import write_merged
 
     model = campaign.config.model
     write_merged(policy, folder, dtype=model.dtype, trust_remote_code=model.trust_remote_code)

@@ -13,38 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.annotation.asker import PeopleAsker
-from online_dpo.askers import Asker, InlineAsker, OnEvent, ProcessAsker
-from online_dpo.calls import Calls as Calls
-from online_dpo.chat import ChatReply as ChatReply
-from online_dpo.chat import ChatRequest as ChatRequest
-from online_dpo.chat import Estimate as Estimate
-from online_dpo.chat import RequestRefused as RequestRefused
-from online_dpo.chat import TokenLogprobs as TokenLogprobs
-from online_dpo.clashes import of_judge
-from online_dpo.comparison_schedules import Pair, make_schedule, most_comparisons
-from online_dpo.config import JudgeConfig
-from online_dpo.errors import ConfigError, JudgeError
-from online_dpo.files import disk_faults
-from online_dpo.judge_forms import (
+from online_dpo.asking.askers import Asker, InlineAsker, OnEvent, ProcessAsker
+from online_dpo.asking.comparison_schedules import Pair, make_schedule, most_comparisons
+from online_dpo.asking.judge_forms import (
     Answer,
     Form,
     Mode,
     repeats_itself,
 )
-from online_dpo.judge_loop import LoopAsker
-from online_dpo.judge_opening import check_key, open_judge
-from online_dpo.members import Host
-from online_dpo.own_model import OwnModelAsker, OwnModels, Who
-from online_dpo.prices import is_priced
-from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
-from online_dpo.verdicts import (
+from online_dpo.asking.judge_loop import LoopAsker
+from online_dpo.asking.judge_opening import check_key, open_judge
+from online_dpo.asking.members import Host
+from online_dpo.asking.own_model import OwnModelAsker, OwnModels, Who
+from online_dpo.asking.verdicts import (
     Kind,
     Question,
     combine_scores,
     combine_verdicts,
     compare_questions,
 )
-from online_dpo.verdicts import Labels as Labels
+from online_dpo.asking.verdicts import Labels as Labels
+from online_dpo.clashes import of_judge
+from online_dpo.config import JudgeConfig
+from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.files import disk_faults
+from online_dpo.paid.calls import Calls as Calls
+from online_dpo.paid.chat import ChatReply as ChatReply
+from online_dpo.paid.chat import ChatRequest as ChatRequest
+from online_dpo.paid.chat import Estimate as Estimate
+from online_dpo.paid.chat import RequestRefused as RequestRefused
+from online_dpo.paid.chat import TokenLogprobs as TokenLogprobs
+from online_dpo.paid.prices import is_priced
+from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
 
 PROGRESS_EVERY_S = 10.0
 """Between two events of how far labelling has come."""

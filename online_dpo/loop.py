@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
+from online_dpo.asking.own_model import who_judges_whom
 from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
-from online_dpo.ledger import LEDGER
 from online_dpo.metrics_log import append_metrics, rebuild_metrics
-from online_dpo.own_model import who_judges_whom
-from online_dpo.prices import also_priced
+from online_dpo.paid.ledger import LEDGER
+from online_dpo.paid.prices import also_priced
 from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
 from online_dpo.retention import KeptRound, deletable

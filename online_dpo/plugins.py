@@ -24,7 +24,7 @@ from online_dpo.records import (
 )
 
 if TYPE_CHECKING:
-    from online_dpo.calls import Calls
+    from online_dpo.paid.calls import Calls
 
 JUDGE_GROUP = "online_dpo.judges"
 SELECTOR_GROUP = "online_dpo.selectors"

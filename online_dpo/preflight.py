@@ -8,13 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from online_dpo.clashes import PEOPLE, of_judge, with_judges
-from online_dpo.comparison_schedules import most_comparisons
-from online_dpo.config import Config, JudgeConfig
-from online_dpo.crew import Crew
-from online_dpo.devices import hiding_gpus
-from online_dpo.errors import ConfigError
-from online_dpo.judge_forms import (
+from online_dpo.asking.comparison_schedules import most_comparisons
+from online_dpo.asking.judge_forms import (
     Mode,
     is_built_in,
     kind_of,
@@ -22,11 +17,16 @@ from online_dpo.judge_forms import (
     mode_of,
     repeats_itself,
 )
-from online_dpo.judge_worker import JudgeProcess
+from online_dpo.asking.judge_worker import JudgeProcess
+from online_dpo.asking.members import most_demanding, paying_like
+from online_dpo.clashes import PEOPLE, of_judge, with_judges
+from online_dpo.config import Config, JudgeConfig
+from online_dpo.crew import Crew
+from online_dpo.devices import hiding_gpus
+from online_dpo.errors import ConfigError
 from online_dpo.loss_rules import describe_loss
-from online_dpo.members import most_demanding, paying_like
+from online_dpo.paid.prices import also_priced, is_priced
 from online_dpo.plugins import resolve
-from online_dpo.prices import also_priced, is_priced
 from online_dpo.resources import find_data
 from online_dpo.stages.pair import find_selector
 

@@ -15,7 +15,7 @@ from online_dpo.drift import current_config, is_finished
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
 from online_dpo.locks import holder
-from online_dpo.pinning import model_folder
+from online_dpo.models.pinning import model_folder
 from online_dpo.records import Prompt
 from online_dpo.store import RoundDir, RunDir, read_lines
 from online_dpo.tables import read_table

@@ -90,8 +90,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int, size: float = 0.1) -> P
     import torch
 
     from online_dpo.config import AdapterConfig
-    from online_dpo.lora import AdaptedModel, lora_config
-    from online_dpo.models import copy_tokenizer, load_model
+    from online_dpo.models.loading import copy_tokenizer, load_model
+    from online_dpo.models.lora import AdaptedModel, lora_config
     from online_dpo.records import ModelRef
 
     settings = AdapterConfig(rank=4, alpha=8.0).model_dump()

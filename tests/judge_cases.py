@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from online_dpo.chat import ChatRequest, Estimate
 from online_dpo.judging import Calls
+from online_dpo.paid.chat import ChatRequest, Estimate
 from online_dpo.records import Message, Prompt, Response, Score, Verdict
 
 

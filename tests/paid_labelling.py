@@ -99,7 +99,7 @@ class Faulty:
 
 def label(folder: str, url: str, num_pairs: int, settings: dict[str, Any]) -> list[Comparison]:
     """Both orders of so many pairs, on the ledger in a folder, with short pauses."""
-    from online_dpo import batches, door
+    from online_dpo.paid import batches, door
 
     door.BACKOFF_S = 0.01
     batches.GATHER_S = 0.2

@@ -29,8 +29,8 @@ from online_dpo.config import AdapterConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.export import export_campaign
-from online_dpo.merging import merged_weights, write_merged
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
+from online_dpo.models.merging import merged_weights, write_merged
 from online_dpo.training.handler import Trainer
 from online_dpo.views import Campaign
 

@@ -14,7 +14,7 @@ from tiny import start_child
 
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import BudgetError, JudgeError
-from online_dpo.ledger import check_ledger
+from online_dpo.paid.ledger import check_ledger
 
 BATCH: dict[str, Any] = {"batch": {"poll_s": 0.05}}
 CREATE = "POST /batches"

@@ -13,10 +13,10 @@ import pytest
 from tiny import digests, in_child, tiny_config
 
 from online_dpo import Campaign, CampaignError
+from online_dpo.display.wording import remarks
 from online_dpo.files import read_json
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
-from online_dpo.wording import remarks
 
 
 def run_it(config: dict[str, Any]) -> None:

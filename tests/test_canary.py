@@ -18,8 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from online_dpo.adapter_files import is_adapter
-from online_dpo.pinning import base_folder
+from online_dpo.models.adapter_files import is_adapter
+from online_dpo.models.pinning import base_folder
 from online_dpo.samplers.canary import TOLERANCES, check, deviation, make_sequences
 from online_dpo.workers import ChildWorker
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_dpo.bradley_terry import Posterior
-from online_dpo.comparison_schedules import (
+from online_dpo.asking.bradley_terry import Posterior
+from online_dpo.asking.comparison_schedules import (
     Pair,
     Schedule,
     allocate,

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "vllm", "openai"}
 LIGHT = [
     "online_dpo",
-    "online_dpo.offline_training",
+    "online_dpo.offline.training",
     "online_dpo.cli",
     "online_dpo.campaign",
     "online_dpo.views",
 ]
 ALLOWED = {
     "vllm": {"samplers/vllm.py"},
-    "openai": {"samplers/openai_server.py", "openai_client.py", "openai_batches.py"},
+    "openai": {"samplers/openai_server.py", "paid/openai_client.py", "paid/openai_batches.py"},
 }
 
 

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from online_dpo.asking.verdicts import DISAGREE, combine_verdicts, compare_questions
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.judging import Labeller, Labels
 from online_dpo.pairing import Judged, all_pairs, make_pairs
 from online_dpo.records import Prompt, Response, Score, Verdict
-from online_dpo.verdicts import DISAGREE, combine_verdicts, compare_questions
 
 CASES = Path(__file__).parent / "judge_cases.py"
 PROMPT = Prompt("p1", "test", text="Say something.", metadata={"weight": 2.0})
@@ -320,7 +320,7 @@ def test_an_async_judge_that_hangs_is_ended(make: MakeLabeller) -> None:
 def test_an_async_judge_that_blocks_the_loop_is_given_up(
     make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("online_dpo.judge_loop.BLOCKED_GRACE_S", 0.5)
+    monkeypatch.setattr("online_dpo.asking.judge_loop.BLOCKED_GRACE_S", 0.5)
     labeller = make("AsyncBlocks", timeout_s=0.2)
     with pytest.raises(JudgeError, match="has blocked the event loop"):
         labeller.label([(PROMPT, [response("a"), response("b")])], purpose="label")

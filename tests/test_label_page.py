@@ -438,7 +438,7 @@ ATTACKS = [
 @needs_chromium
 def test_hostile_texts_stay_texts(browser: Browser, tmp_path: Path) -> None:
     """A hundred in prompts, answers and rubrics: nothing runs, and no request leaves."""
-    from online_dpo.visible import visible
+    from online_dpo.display.visible import visible
 
     asked = []
     for i, attack in enumerate(ATTACKS):

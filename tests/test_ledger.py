@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError, CorruptError, DiskError
-from online_dpo.ledger import Ledger, check_ledger, digest_of
-from online_dpo.ledger_rows import Entry, Limits, session
+from online_dpo.paid.chat import PICO
+from online_dpo.paid.ledger import Ledger, check_ledger, digest_of
+from online_dpo.paid.ledger_rows import Entry, Limits, session
 
 REPLY: dict[str, Any] = {
     "cost": 40,
@@ -178,7 +178,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_ledger import REPLY, call
-from online_dpo.ledger import Ledger
+from online_dpo.paid.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 rows = [ledger.send(call(f"settled-{i}")) for i in range(200)]
 rows = [row.result() for row in rows]
@@ -339,9 +339,9 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_ledger import REPLY, call
-from online_dpo.chat import PICO
+from online_dpo.paid.chat import PICO
 from online_dpo.errors import DiskError
-from online_dpo.ledger import Ledger
+from online_dpo.paid.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 settled = 0

@@ -40,7 +40,7 @@ from vllm_processes import VllmServer
 
 from judges.llm_pairwise import LLMPairwise
 from online_dpo.errors import BudgetError, ConfigError, JudgeError
-from online_dpo.ledger import digest_of
+from online_dpo.paid.ledger import digest_of
 from online_dpo.records import Message, Prompt, Response
 
 CASES = Path(__file__).parent / "judge_cases.py"

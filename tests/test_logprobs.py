@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from online_dpo.errors import ConfigError
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
 from online_dpo.training import shared_attention, vocabulary
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.packing import Part, TokenPair, pack

@@ -15,7 +15,7 @@ from trainer_calls import settings
 from online_dpo.config import TrainConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError, CorruptError
-from online_dpo.models import enable_gradient_checkpointing, load_model
+from online_dpo.models.loading import enable_gradient_checkpointing, load_model
 from online_dpo.training.handler import Trainer
 from online_dpo.training.optimizers import (
     empty_state,

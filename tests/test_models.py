@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from online_dpo.config import ModelInit
 from online_dpo.errors import ConfigError
-from online_dpo.models import (
+from online_dpo.models.loading import (
     copy_tokenizer,
     load_model,
     load_tokenizer,

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from online_dpo.errors import ConfigError
-from online_dpo.offline_pairs import read_offline_pairs
-from online_dpo.same_tokenizer import check_same_tokenizer
+from online_dpo.offline.pairs import read_offline_pairs
+from online_dpo.offline.same_tokenizer import check_same_tokenizer
 
 
 def user(text: str) -> dict[str, str]:

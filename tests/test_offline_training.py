@@ -25,7 +25,7 @@ import online_dpo
 from online_dpo.errors import ConfigError, DriftError, LockedError, NoPairsError
 from online_dpo.files import file_hashes
 from online_dpo.locks import RunLock
-from online_dpo.offline_training import TrainedPolicy, train_preferences
+from online_dpo.offline.training import TrainedPolicy, train_preferences
 from online_dpo.store import RoundDir
 
 ROWS = [

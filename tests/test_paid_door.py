@@ -182,7 +182,7 @@ def test_a_call_ends_at_its_deadline(make: MakeLabeller, wait: str) -> None:
 def test_a_wait_that_a_server_asks_for_is_kept_and_bounded(
     make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("online_dpo.door.MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr("online_dpo.paid.door.MAX_PAUSE_S", 0.05)
     busy = Raw('{"error": {"message": "slow down"}}', 429, {"Retry-After": "7200"})
     brief = Raw('{"error": {"message": "slow down"}}', 429, {"Retry-After": "0.01"})
     answers = iter([busy, brief, A])

@@ -21,9 +21,9 @@ from paid_labelling import (
     rows,
 )
 
-from online_dpo.chat import PICO
 from online_dpo.errors import BudgetError
-from online_dpo.ledger import check_ledger
+from online_dpo.paid.chat import PICO
+from online_dpo.paid.ledger import check_ledger
 
 CONCURRENCY = 8
 IMPATIENT = {"concurrency": CONCURRENCY, "timeout_s": 4.0, "max_invalid": 0.5}

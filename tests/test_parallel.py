@@ -29,7 +29,7 @@ from trainer_calls import run_pair, settings
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from online_dpo.errors import ConfigError
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
 from online_dpo.training.handler import Trainer
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.sharding import shard

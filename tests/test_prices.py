@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from online_dpo.chat import Estimate, Usage
 from online_dpo.config import BatchConfig, JudgeConfig
 from online_dpo.errors import ConfigError
-from online_dpo.prices import SHIPPED, Prices, asked_tier, is_priced
+from online_dpo.paid.chat import Estimate, Usage
+from online_dpo.paid.prices import SHIPPED, Prices, asked_tier, is_priced
 
 PICO_PER_MILLIONTH = 10**6
 FILE = """

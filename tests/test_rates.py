@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_dpo.rates import Pace
+from online_dpo.paid.rates import Pace
 
 
 class Clock:

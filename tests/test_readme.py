@@ -28,16 +28,16 @@ from online_dpo import Prompt, Response
 from online_dpo.cli import app
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.config_file import load_config
+from online_dpo.display.wording import FATES
 from online_dpo.drift import OPERATIONAL
 from online_dpo.errors import BY_NAME
 from online_dpo.judging import Labeller
 from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS
+from online_dpo.offline.preference_forms import parse_label, parse_preference
 from online_dpo.plugins import available
-from online_dpo.preference_forms import parse_label, parse_preference
 from online_dpo.samplers.vllm_settings import OWN_ARGUMENTS, engine_arguments
 from online_dpo.tables import read_table
 from online_dpo.training.losses import LOSSES
-from online_dpo.wording import FATES
 from online_dpo.workers import RUN_ENV, SOCKET_ENV, TCP, TOKEN_ENV
 
 REPO = Path(__file__).resolve().parent.parent

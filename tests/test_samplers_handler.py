@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from online_dpo.errors import ConfigError, EngineError
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
 from online_dpo.samplers.handler import SamplerHandler
 from online_dpo.tables import read_table, responses_by_prompt
 

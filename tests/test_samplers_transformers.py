@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from online_dpo.errors import EngineError
-from online_dpo.models import load_model, load_tokenizer
+from online_dpo.models.loading import load_model, load_tokenizer
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.transformers import TransformersSampler
 

@@ -12,11 +12,11 @@ from judge_cases import pair
 from tiny import in_child, tiny_config
 
 from judges.self_judge import SelfJudge
-from online_dpo.chat import ChatReply
+from online_dpo.asking.own_model import Chat, Who
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError
 from online_dpo.judging import Labeller
-from online_dpo.own_model import Chat, Who
+from online_dpo.paid.chat import ChatReply
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
 

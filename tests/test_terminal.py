@@ -19,15 +19,10 @@ from hypothesis import strategies as st
 from run_fixture import make_run
 from tiny import in_child, tiny_config
 
-from online_dpo.errors import ConfigError
-from online_dpo.files import read_json
-from online_dpo.lookup import example_pairs, find_pair, spread
-from online_dpo.store import RunDir
-from online_dpo.tables import read_table
-from online_dpo.terminal import print_pair, print_status, print_summary
-from online_dpo.views import Campaign, RoundView
-from online_dpo.visible import visible
-from online_dpo.wording import (
+from online_dpo.display.lookup import example_pairs, find_pair, spread
+from online_dpo.display.terminal import print_pair, print_status, print_summary
+from online_dpo.display.visible import visible
+from online_dpo.display.wording import (
     change,
     drift,
     estimate,
@@ -38,6 +33,11 @@ from online_dpo.wording import (
     remarks,
     seconds,
 )
+from online_dpo.errors import ConfigError
+from online_dpo.files import read_json
+from online_dpo.store import RunDir
+from online_dpo.tables import read_table
+from online_dpo.views import Campaign, RoundView
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[bold red]loud[/bold red]\r\u202eback\u2028end \x9b31m"
 
@@ -441,7 +441,7 @@ def in_a_process(run: Path, code: str, **environment: str) -> str:
 
 def test_status_loads_no_heavy_library(run: Path) -> None:
     code = (
-        "import sys\nfrom online_dpo.terminal import print_status\n"
+        "import sys\nfrom online_dpo.display.terminal import print_status\n"
         "from online_dpo.views import Campaign\nprint_status(Campaign(run))\nprint(*sys.modules)"
     )
     loaded = {name.split(".")[0] for name in in_a_process(run, code).splitlines()[-1].split()}
@@ -451,7 +451,8 @@ def test_status_loads_no_heavy_library(run: Path) -> None:
 
 def test_an_output_without_unicode_still_gets_its_table(run: Path) -> None:
     code = (
-        "from online_dpo.terminal import print_summary\nfrom online_dpo.views import Campaign\n"
+        "from online_dpo.display.terminal import print_summary\n"
+        "from online_dpo.views import Campaign\n"
         "print_summary(Campaign(run))"
     )
     shown = in_a_process(run, code, PYTHONIOENCODING="ascii", PYTHONUTF8="0")

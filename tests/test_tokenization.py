@@ -16,7 +16,7 @@ from trainer_calls import settings
 from transformers import PreTrainedTokenizerBase
 
 from online_dpo.errors import ConfigError
-from online_dpo.models import load_tokenizer, train_tokenizer
+from online_dpo.models.loading import load_tokenizer, train_tokenizer
 from online_dpo.records import Message, Prompt, prompt_id
 from online_dpo.tokenization import (
     Room,

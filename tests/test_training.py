@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from online_dpo.config import SftConfig
 from online_dpo.errors import ConfigError, CorruptError, DivergedError, DriftError, NoPairsError
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
 from online_dpo.training.handler import Trainer
 
 

@@ -26,9 +26,9 @@ from online_dpo import Campaign
 from online_dpo.errors import ConfigError, NoPairsError
 from online_dpo.export import export_campaign
 from online_dpo.files import read_json
-from online_dpo.offline_training import train_preferences
+from online_dpo.offline.preference_forms import UnusableError, parse_label
+from online_dpo.offline.training import train_preferences
 from online_dpo.pairing import Judged
-from online_dpo.preference_forms import UnusableError, parse_label
 from online_dpo.records import Prompt, Response, Score
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table

@@ -16,7 +16,7 @@ PRELOAD = [
     "online_dpo.training.handler",
     "online_dpo.samplers.handler",
     "online_dpo.judging",
-    "online_dpo.openai_client",
+    "online_dpo.paid.openai_client",
     "datasets",
 ]
 

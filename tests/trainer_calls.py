@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from online_dpo.config import ModelConfig, TrainConfig
-from online_dpo.models import Dtype
+from online_dpo.models.loading import Dtype
 from online_dpo.training.handler import Trainer
 
 

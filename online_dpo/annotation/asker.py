@@ -9,11 +9,11 @@ from pathlib import Path
 from online_dpo.annotation.agreement import agreement
 from online_dpo.annotation.board import Board, Part
 from online_dpo.annotation.items import Item, item_of
-from online_dpo.askers import OnEvent
+from online_dpo.asking.askers import OnEvent
+from online_dpo.asking.judge_forms import Answer, Form
+from online_dpo.asking.verdicts import Question
 from online_dpo.errors import WaitingError
-from online_dpo.judge_forms import Answer, Form
 from online_dpo.records import Prompt, Response
-from online_dpo.verdicts import Question
 
 Votes = Mapping[str, Mapping[str, float | None]]
 

@@ -10,7 +10,7 @@ from typing import Any
 from online_dpo.annotation.board import Board, batch_title
 from online_dpo.annotation.log import Given, LabelLog
 from online_dpo.annotation.tasks import CHOICES, Task, assigned, make_task
-from online_dpo.visible import visible
+from online_dpo.display.visible import visible
 
 MAX_SECONDS = 86_400.0
 """The longest time for one task that is believed."""

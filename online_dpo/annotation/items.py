@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from online_dpo.errors import ConfigError
-from online_dpo.preference_forms import UnusableError, parse_preference
+from online_dpo.offline.preference_forms import UnusableError, parse_preference
 from online_dpo.records import Message, Prompt, Response
 from online_dpo.resources import find_data
 from online_dpo.rows import read_rows

@@ -12,6 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from online_dpo.config_file import dump_yaml
+from online_dpo.display.visible import visible
+from online_dpo.display.wording import headline, number, remarks, seconds
 from online_dpo.errors import ConfigError
 from online_dpo.files import disk_faults, write_atomic
 from online_dpo.loss_rules import describe_loss
@@ -19,8 +21,6 @@ from online_dpo.report import sections
 from online_dpo.report.charts import round_charts, step_charts
 from online_dpo.report.curves import Chart, draw
 from online_dpo.views import Campaign, RoundView
-from online_dpo.visible import visible
-from online_dpo.wording import headline, number, remarks, seconds
 
 _FOLDER = Path(__file__).parent
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from online_dpo.display.wording import figure, number, percent
 from online_dpo.metrics import Z95
 from online_dpo.report.curves import Chart, Point, Series, thinned
 from online_dpo.views import RoundView, evaluated
-from online_dpo.wording import figure, number, percent
 
 Steps = Mapping[int, Sequence[Mapping[str, Any]]]
 """The logged optimizer steps of each round, by round."""

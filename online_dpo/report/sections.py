@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from online_dpo.files import read_json
-from online_dpo.lookup import PairView, example_pairs, spread
-from online_dpo.store import RunDir, read_lines
-from online_dpo.views import Campaign, RoundView, evaluated, source_views
-from online_dpo.wording import (
+from online_dpo.display.lookup import PairView, example_pairs, spread
+from online_dpo.display.wording import (
     FATES,
     change,
     drift,
@@ -24,6 +21,9 @@ from online_dpo.wording import (
     rate,
     seconds,
 )
+from online_dpo.files import read_json
+from online_dpo.store import RunDir, read_lines
+from online_dpo.views import Campaign, RoundView, evaluated, source_views
 
 _MAX_PROMPTS = 200
 _MAX_PAIR_ROUNDS = 10

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from online_dpo.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, write_base
-from online_dpo.merging import A_SUFFIX, B_SUFFIX, merged_weights, read_updates
-from online_dpo.pinning import base_folder
+from online_dpo.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, write_base
+from online_dpo.models.merging import A_SUFFIX, B_SUFFIX, merged_weights, read_updates
+from online_dpo.models.pinning import base_folder
 from online_dpo.records import ModelRef
 from online_dpo.samplers.proof import Probed, difference
 from online_dpo.samplers.weights import NOISE, stored_weights

@@ -217,7 +217,7 @@ class SamplerHandler:
         self._engine.close()
 
     def _tokenizer_of(self, model: Mapping[str, str]) -> PreTrainedTokenizerBase:
-        from online_dpo.models import load_tokenizer
+        from online_dpo.models.loading import load_tokenizer
 
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(
@@ -280,7 +280,7 @@ def make_engine(
         return OpenAIServerSampler(model, sampling)
     import torch
 
-    from online_dpo.models import load_model, load_tokenizer
+    from online_dpo.models.loading import load_model, load_tokenizer
     from online_dpo.samplers.transformers import TransformersSampler
 
     if threads is not None:

@@ -13,7 +13,7 @@ import openai
 
 from online_dpo.config import Endpoint, ModelConfig, SamplingConfig
 from online_dpo.errors import EngineError
-from online_dpo.models import load_tokenizer
+from online_dpo.models.loading import load_tokenizer
 from online_dpo.records import ModelRef, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.reload_hooks import call_reload_hook, run_reload_command
 from online_dpo.samplers.responses import (

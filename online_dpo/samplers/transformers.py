@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from online_dpo.errors import EngineError
-from online_dpo.models import max_length
+from online_dpo.models.loading import max_length
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.decoding import Ending, SeededChoice, seeded_uniforms
 from online_dpo.samplers.kv_cache import roomy_cache

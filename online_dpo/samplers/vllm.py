@@ -12,12 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.adapter_files import is_adapter
 from online_dpo.config import ModelConfig, SamplingConfig
 from online_dpo.errors import ConfigError, EngineError
-from online_dpo.merging import merged_weights, write_merged
-from online_dpo.models import load_tokenizer
-from online_dpo.pinning import base_folder
+from online_dpo.models.adapter_files import is_adapter
+from online_dpo.models.loading import load_tokenizer
+from online_dpo.models.merging import merged_weights, write_merged
+from online_dpo.models.pinning import base_folder
 from online_dpo.records import ModelRef, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.adapter_proof import prove_adapter
 from online_dpo.samplers.proof import prove_reload

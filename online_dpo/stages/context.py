@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from online_dpo.adapter_files import base_of, is_adapter
 from online_dpo.config import Config
 from online_dpo.crew import Crew
-from online_dpo.pinning import base_folder, model_folder
+from online_dpo.models.adapter_files import base_of, is_adapter
+from online_dpo.models.pinning import base_folder, model_folder
 from online_dpo.progress import Progress
 from online_dpo.records import ModelRef, Prompt, RoundPlan
 from online_dpo.store import RoundDir, RunDir

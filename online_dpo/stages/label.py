@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.errors import WaitingError
-from online_dpo.ledger import LEDGER, digest_of
+from online_dpo.paid.ledger import LEDGER, digest_of
 from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context

@@ -10,7 +10,7 @@ from typing import Any
 from online_dpo.config import PromptSource
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
-from online_dpo.pinning import pin_model
+from online_dpo.models.pinning import pin_model
 from online_dpo.records import ModelRef, derive_seed
 from online_dpo.resources import find_data
 from online_dpo.stages.canary import write_canary

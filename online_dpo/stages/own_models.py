@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from online_dpo.chat import ChatReply
-from online_dpo.own_model import Chat, Who
+from online_dpo.asking.own_model import Chat, Who
+from online_dpo.paid.chat import ChatReply
 from online_dpo.records import ModelRef, SamplingParams, to_dict
 from online_dpo.stages.context import Context
 from online_dpo.stages.origin import policy_zero

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from online_dpo.answers import buy_answers
-from online_dpo.ledger import LEDGER
+from online_dpo.asking.answers import buy_answers
+from online_dpo.paid.ledger import LEDGER
 from online_dpo.progress import Bar
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
 from online_dpo.stages.canary import canary_file

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from online_dpo.adapter_files import path_from
 from online_dpo.files import read_json
 from online_dpo.loss_rules import needs_reference
+from online_dpo.models.adapter_files import path_from
 from online_dpo.records import ModelRef, to_dict
 from online_dpo.stages.canary import write_canary
 from online_dpo.stages.context import Context, trained_on

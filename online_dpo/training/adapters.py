@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from online_dpo.adapter_files import base_of, is_adapter
-from online_dpo.lora import AdaptedModel, lora_config
-from online_dpo.models import Dtype, enable_gradient_checkpointing, load_model
-from online_dpo.pinning import base_folder
+from online_dpo.models.adapter_files import base_of, is_adapter
+from online_dpo.models.loading import Dtype, enable_gradient_checkpointing, load_model
+from online_dpo.models.lora import AdaptedModel, lora_config
+from online_dpo.models.pinning import base_folder
 from online_dpo.records import ModelRef
 from online_dpo.training.logprobs import LogProbModel, Precision
 

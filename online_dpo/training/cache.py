@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from online_dpo.models import enable_gradient_checkpointing, load_model
+from online_dpo.models.loading import enable_gradient_checkpointing, load_model
 from online_dpo.training.logprobs import LogProbModel, Precision
 from online_dpo.training.sharding import load_sharded
 

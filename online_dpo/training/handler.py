@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
-from online_dpo import models
-from online_dpo.dequantization import write_dequantized
 from online_dpo.errors import ConfigError
-from online_dpo.memory_options import check_memory_options
-from online_dpo.offline_pairs import Form, form_of, read_offline_pairs, read_offline_unpaired
+from online_dpo.models import loading as models
+from online_dpo.models.dequantization import write_dequantized
+from online_dpo.models.memory_options import check_memory_options
+from online_dpo.offline.pairs import Form, form_of, read_offline_pairs, read_offline_unpaired
+from online_dpo.offline.same_tokenizer import check_same_tokenizer
 from online_dpo.records import ModelRef, to_dict
-from online_dpo.same_tokenizer import check_same_tokenizer
 from online_dpo.tables import prompt_row, read_table, write_table
 from online_dpo.tokenization import Room, prepare_prompts
 from online_dpo.training import dpo

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from online_dpo.errors import ConfigError
-from online_dpo.models import load_model
+from online_dpo.models.loading import load_model
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.reference import score_sequences
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from online_dpo.errors import ConfigError
-from online_dpo.models import empty_model, load_model, read_config
+from online_dpo.models.loading import empty_model, load_model, read_config
 from online_dpo.training.logprobs import LogProbModel, Precision
 
 if TYPE_CHECKING:

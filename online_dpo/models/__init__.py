@@ -1,0 +1,1 @@
+"""Model folders: loading, saving, adapters, quantized weights, what they are pinned to."""

@@ -1,0 +1,1 @@
+"""Preference training on a file of pairs, without a campaign."""
