@@ -1,13 +1,14 @@
 """A whole round of online DPO here and in TRL's OnlineDPOTrainer, and the fixed cost of a round.
 
     python benchmarks/loop.py [--part round|fixed] [--rounds 5] [--batch-size 16] [--threads 2]
-                              [--clock wall|cpu]
+                              [--clock wall|cpu] [--dtype float32|bfloat16]
 
 `round`: 256 prompts x 2 responses x 64 new tokens, judged by a rule, trained in optimizer steps of
-`--batch-size` pairs against a fixed reference; a Llama of 1M parameters, float32. Here that is a
-campaign with all its files, in one process; there, as many steps of its trainer. `fixed`: the wall
-time of a round less sampling, judging and training, for a model of 20M parameters, workers warm:
-in the same process, and in processes of their own.
+`--batch-size` pairs against a fixed reference; a Llama of 1M parameters. Here that is a campaign
+with all its files, in one process; there, as many steps of its trainer. In bfloat16 the weights
+that are trained are float32 on both sides, and all else computes in bfloat16. `fixed`: the wall time
+of a round less sampling, judging and training, for a model of 20M parameters, workers warm: in the
+same process, and in processes of their own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
     set_environment(args.threads)
     print_conditions(threads=args.threads, device="cpu")
@@ -71,7 +73,8 @@ def compare_rounds(folder: Path, args: argparse.Namespace) -> None:
     take_turns(sides, 1 + args.rounds, logs=folder)
     ours = median(sides[0].seconds[1:])
     print(
-        f"A round of {PROMPTS} prompts x 2 x {NEW_TOKENS} tokens, {args.batch_size} pairs a step:\n"
+        f"A round of {PROMPTS} prompts x 2 x {NEW_TOKENS} tokens, {args.batch_size} pairs a step, "
+        f"{args.dtype}:\n"
     )
     rows = []
     for side in sides:
@@ -114,6 +117,7 @@ def _jobs(
             batch_size=args.batch_size,
             learning_rate=LEARNING_RATE,
             threads=args.threads,
+            dtype=args.dtype,
             scorers=scorers,
             settings=settings,
         )
@@ -144,7 +148,7 @@ class Over(Exception):
 
 def _config(job: LoopJob) -> dict[str, Any]:
     config: dict[str, dict[str, Any]] = {
-        "model": {"path": job.model},
+        "model": {"path": job.model, "dtype": job.dtype},
         "prompts": {"train": [{"path": job.prompts}], "holdout": HELD_OUT},
         "sampling": {"sampler": "transformers", "n": 2, "max_new_tokens": job.new_tokens},
         "judge": {"name": "heuristic", "options": {"scorers": job.scorers}},
@@ -153,6 +157,7 @@ def _config(job: LoopJob) -> dict[str, Any]:
             "optimizer": "carry",
             "learning_rate": job.learning_rate,
             "batch_size": job.batch_size,
+            "precision": job.dtype,
             "checkpoint_every": 0,
         },
         "reference": {"promote": "never"},

@@ -165,7 +165,7 @@ def online_dpo(job: LoopJob, turns: Turns) -> None:
             temperature=1.0,
             max_new_tokens=job.new_tokens,
             use_cpu=True,
-            bf16=False,
+            bf16=job.dtype == "bfloat16",
             gradient_accumulation_steps=job.batch_size // settings["per_device_train_batch_size"],
             max_steps=steps * job.rounds,
             **settings,

@@ -87,6 +87,7 @@ class LoopJob:
     threads: int
     scorers: list[dict[str, Any]]
     """Options of the heuristic judge, which gives the reward on both sides."""
+    dtype: str = "float32"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Sections of the config here, OnlineDPOConfig's fields there."""
 
