@@ -61,6 +61,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
         "order_conflicts": order_conflicts(asked),
         "kappa": kappa([(pair.p, pair.gold) for pair in asked]),
         "kappa_orders": kappa([(p, q) for p, q in _both_orders(asked)]),
+        "labels_tied": _share([p for p in asked if p.gold is not None], lambda p: p.gold == 0.5),
         "ties": _share(asked, lambda pair: pair.p == 0.5),
         "abstained": _share(asked, lambda p: p.p is None and not is_unusable(p.reason)),
         "invalid": _share(asked, lambda p: p.p is None and is_unusable(p.reason)),
