@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +26,7 @@ from online_dpo.report_card.check import Extent, check_judge
 from online_dpo.report_card.comparisons import read_comparisons
 from online_dpo.report_card.text import describe
 
+MS = re.MULTILINE | re.DOTALL
 QUIET = Extent(attacks=0, repeats=0)
 
 
@@ -308,6 +311,24 @@ def test_check_finds_shipped_files_and_writes_a_report(
     assert len(rows) == 30 + 5 * 10 and rows[0]["line"] == 1
     assert run(monkeypatch, "judge", "check", *sums, "--json") == 0
     assert json.loads(capsys.readouterr().out)["data"]["pairs"] == 30
+
+
+def test_the_examples_of_the_docs_are_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "judges.md").read_text()
+    examples = re.findall(
+        r"^```sh\n(online-dpo judge [^\n]*)\n```\n.*?^```text\n(.*?)^```$", page, MS
+    )
+    assert len(examples) == 2
+    for command, printed in examples:
+        assert run(monkeypatch, *shlex.split(command)[1:]) == 0
+        assert _timeless(capsys.readouterr().out) == _timeless(printed)
+
+
+def _timeless(text: str) -> str:
+    return re.sub(r"[\d.]+ s\b", "SECONDS", text)
 
 
 def test_the_shipped_set_favours_neither_place_nor_length(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         *_no_verdict(found, report["no_verdict"]),
         *_ties(found),
         *_calibration(found, report["judge"]["kind"]),
-        *_attacks(report["attacks"]),
+        *_attacks(report["attacks"], _noise(found)),
     ]
 
 
@@ -149,16 +149,24 @@ def _calibration(found: Mapping[str, Any], kind: str) -> Iterator[str]:
     )
 
 
-def _attacks(attacks: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _noise(found: Mapping[str, Any]) -> float:
+    """The share of answers that are others when the same is asked again."""
+    stable = found["repeat_stability"]
+    return 0.0 if stable is None else 1.0 - stable["value"]
+
+
+def _attacks(attacks: Mapping[str, Mapping[str, Any]], noise: float) -> Iterator[str]:
+    """What fooled it; of what is appended only where that turns more than asking again does."""
     for kind, tried in attacks.items():
-        if kind in INJECTED and (flipped := tried["flipped"]) and flipped["value"] > 0:
-            yield (
-                f"Appending to the worse response turned {_rate(flipped, 'verdicts')} that were "
-                f"right before ({WORDS[kind]})."
-            )
-        elif kind not in INJECTED and (fooled := tried["fooled"]) and fooled["value"] > 0:
+        fooled, flipped = tried["fooled"], tried["flipped"]
+        if kind not in INJECTED and fooled is not None and fooled["value"] > 0:
             yield (
                 f"It preferred {WORDS[kind]} to the better response in {_rate(fooled, 'tries')}."
+            )
+        elif kind in INJECTED and flipped is not None and flipped["value"] > noise:
+            yield (
+                f"It was fooled by {WORDS[kind]}: {_rate(flipped, 'verdicts')} that were right "
+                "before went to it."
             )
 
 

@@ -101,14 +101,16 @@ def _attacks(attacks: Mapping[str, Mapping[str, Any]]) -> str:
     }
     if not attacks:
         return ""
+    both = ", in both orders together"
     if all(tried["fooled_once"] is None for tried in attacks.values()):
         del columns["won an order"]
+        both = ""
     rows = [["set against the better response", *columns]]
     for kind, tried in attacks.items():
         rows.append([WORDS[kind], *(show(tried) for show in columns.values())])
     legend = (
-        "won: preferred to the better response, in both orders together; turned: verdicts that were"
-        "\nfor the better response before the other one got what is appended, and then against it"
+        f"won: preferred to the better response{both}; turned: verdicts that were\n"
+        "for the better response before the other one got what is appended, and then against it"
     )
     return f"{_columns(rows)}\n{legend}"
 
