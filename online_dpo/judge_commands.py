@@ -82,20 +82,26 @@ def try_(
 ) -> None:
     """Show one verdict with the exact request and reply."""
     from online_dpo.config_file import load_config
-    from online_dpo.report_card.trial import try_judge
-    from online_dpo.report_card.trial_text import describe
+    from online_dpo.report_card.trial import Exchange, try_judge
+    from online_dpo.report_card.trial_text import describe, describe_exchange
 
-    tried = try_judge(
-        load_config(config, overrides or ()).config,
-        content=_content(prompt),
-        first=first,
-        second=second,
-        metadata=_metadata(metadata),
-        out=out or FOLDER / "try",
-        evaluation=evaluation,
-        command=_this_command(),
-    )
-    _print(describe(tried))
+    exchanges: list[Exchange] = []
+    try:
+        tried = try_judge(
+            load_config(config, overrides or ()).config,
+            content=_content(prompt),
+            first=first,
+            second=second,
+            metadata=_metadata(metadata),
+            out=out or FOLDER / "try",
+            on_exchange=exchanges.append,
+            evaluation=evaluation,
+            command=_this_command(),
+        )
+    finally:
+        for exchange in exchanges:
+            _print(describe_exchange(exchange) + "\n")
+    _print(describe(tried, len(exchanges)))
 
 
 def _content(prompt: str) -> str | tuple[Message, ...]:

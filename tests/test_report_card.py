@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,13 +14,13 @@ from typing import Any
 
 import pytest
 import stub_judges as stubs
-from judge_server import JudgeServer, Say
+from judge_server import NO_MODEL, JudgeServer, Request, Say
 from labellers import PRICE, MakeLabeller
 
 from online_dpo import cli
 from online_dpo.config import Config
 from online_dpo.config_file import load_config
-from online_dpo.errors import BudgetError, ConfigError, LockedError
+from online_dpo.errors import BudgetError, ConfigError, LockedError, SignalError
 from online_dpo.locks import RunLock
 from online_dpo.records import Response
 from online_dpo.report_card.attacks import ALONE, INJECTED
@@ -211,6 +213,41 @@ def test_a_budget_ends_it_with_what_goes_on(tmp_path: Path) -> None:
     assert report["cost"]["requests"] == 13
 
 
+def test_a_signal_ends_it_and_nothing_that_came_is_bought_again(tmp_path: Path) -> None:
+    path = stubs.write_comparisons(tmp_path / "set.jsonl", num_pairs=10)
+    with stubs.serve_rule(stubs.honest) as server:
+        take = server.take
+
+        def stopping(request: Request) -> Any:
+            if len(server.requests) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return take(request)
+
+        server.take = stopping  # type: ignore[method-assign]
+        config = config_of(llm(server, concurrency=1))
+        with pytest.raises(SignalError) as ended:
+            check_judge(config, str(path), out=tmp_path / "out", extent=QUIET, command="again")
+        assert ended.value.exit_code == 130 and ended.value.remedy == "again"
+        report = check_judge(config, str(path), out=tmp_path / "out", extent=QUIET)
+    assert report["figures"]["accuracy"] == {**report["figures"]["accuracy"], "count": 10}
+    assert report["cost"]["from_ledger"] >= 7
+    assert report["cost"]["requests"] + report["cost"]["from_ledger"] == 20
+
+
+def test_a_judge_that_says_nothing_leaves_nothing_to_measure(tmp_path: Path) -> None:
+    path = stubs.write_comparisons(tmp_path / "set.jsonl", num_pairs=6)
+    judge = {"name": "scripted", "options": {"verdicts": []}}
+    report = check_judge(
+        config_of(judge), str(path), out=tmp_path / "out", extent=Extent(attacks=2, repeats=2)
+    )
+    assert report["figures"]["abstained"] == 1.0 and report["figures"]["accuracy"] is None
+    assert report["attacks"]["fence"]["no_verdict"] == 1.0
+    assert report["findings"] == [
+        "100% of the pairs have no verdict because it abstained: not in the script (6)."
+    ]
+    assert "accuracy                        - " in describe(report)
+
+
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     path = stubs.write_comparisons(tmp_path / "set.jsonl", num_pairs=2)
     (tmp_path / "out").mkdir()
@@ -360,6 +397,39 @@ def test_try_shows_the_request_as_sent_and_the_reply(
     assert "100 tokens in, 10 out" in said and "$0.00024" in said
     assert "== request: second shown first" in said and "first shown first: p 1.000\n" in said
     assert "from the ledger" not in said and "from the ledger" in capsys.readouterr().out
+
+
+def test_try_shows_the_request_of_a_judge_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("--prompt", "Say hello.", "--first", "Hello!", "--second", "No.")
+    with JudgeServer(lambda request, number: NO_MODEL) as server:
+        judge = f"judge={json.dumps(llm(server))}"
+        assert run(monkeypatch, "judge", "try", "quickstart.yaml", *asked, "--set", judge) == 5
+    said = capsys.readouterr()
+    assert "Say hello." in said.out and "== no reply: " in said.out
+    assert "no such model" in said.err
+
+
+def test_try_shows_what_each_response_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ("--prompt", "Say hello.", "--first", "Hello!", "--second", "No.")
+    with JudgeServer(lambda request, number: Say(json.dumps({"score": 7 - number}))) as server:
+        judge = {**llm(server), "name": "llm_pointwise", "concurrency": 1, "scale": 2.0}
+        chosen = f"judge={json.dumps(judge)}"
+        assert run(monkeypatch, "judge", "try", "quickstart.yaml", *asked, "--set", chosen) == 0
+        same = (*asked[:-1], "Hello!")
+        judge = f"judge={json.dumps(llm(server))}"
+        assert run(monkeypatch, "judge", "try", "quickstart.yaml", *same, "--set", judge) == 0
+        assert len(server.requests) == 2
+    said = capsys.readouterr().out
+    assert "== request: the first, to" in said and "== request: the second, to" in said
+    # sigmoid(1 / 2)
+    assert "scores: 7 and 6\nverdict: the first, p 0.622" in said
+    assert "There was no request: the two responses are identical." in said
 
 
 def test_try_shows_a_judge_without_calls(
