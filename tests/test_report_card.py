@@ -187,16 +187,20 @@ def test_the_same_command_again_pays_for_nothing(tmp_path: Path) -> None:
         first = check_judge(config, str(path), out=tmp_path / "out", extent=extent)
         sent = len(server.requests)
         again = check_judge(config, str(path), out=tmp_path / "out", extent=extent)
-        assert len(server.requests) == sent == first["cost"]["ledger"]["calls"]
+        assert len(server.requests) == sent == first["cost"]["set"]["calls"]
+        other = config_of(llm(server, swap="agree"))
+        other.judge.options["principles"] = ["Shorter is better."]
+        changed = check_judge(other, str(path), out=tmp_path / "out", extent=extent)
+        assert len(server.requests) == 2 * sent and changed["cost"]["set"]["calls"] == sent
     # In two orders: 10 pairs, 4 of them once more, 2 attacks of each kind.
     assert sent == 2 * (10 + 4 + 2 * len(ALONE | INJECTED))
     assert again["cost"]["requests"] == 0 and again["cost"]["usd"] == 0.0
     assert again["cost"]["from_ledger"] == sent
-    assert again["cost"]["ledger"] == first["cost"]["ledger"]
-    assert first["cost"]["ledger"]["usd"] == pytest.approx(sent * (100 * 1.0 + 10 * 2.0) / 1e6)
+    assert again["cost"]["set"] == first["cost"]["set"]
+    assert first["cost"]["set"]["usd"] == pytest.approx(sent * (100 * 1.0 + 10 * 2.0) / 1e6)
     same = ("figures", "attacks", "wrong", "findings")
     assert [again[name] for name in same] == [first[name] for name in same]
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == again
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == changed
 
 
 def test_a_budget_ends_it_with_what_goes_on(tmp_path: Path) -> None:
@@ -281,7 +285,7 @@ def test_a_judge_that_scores_is_asked_once_and_has_no_orders(tmp_path: Path) -> 
     assert report["attacks"]["empty"]["fooled"]["value"] == 0.0
     assert report["attacks"]["verdict"]["fooled_once"] is None
     assert "better one shown first" not in describe(report)
-    assert report["cost"]["ledger"] is None
+    assert report["cost"]["set"] is None
 
 
 def test_a_scorer_that_a_forged_score_fools(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config import Config
+from online_dpo.errors import CampaignError
 from online_dpo.files import sha256_file, to_json
 from online_dpo.judge_figures import Judged, figures, preferred
 from online_dpo.judging import Labeller
+from online_dpo.paid.chat import ChatReply
 from online_dpo.paid.ledger import LEDGER
 from online_dpo.progress import Progress, make_progress
 from online_dpo.records import derive_seed
@@ -70,8 +72,9 @@ def check_judge(
         closing(progress or make_progress(quiet=True)) as shown,
         opened(config, out, evaluation=evaluation, command=command) as labeller,
     ):
-        folder = RunDir(out)
+        folder, keys = RunDir(out), set[str]()
         events = len(folder.events())
+        labeller.watch(lambda *call: keys.update(_key(call[-1])))
         said, rows = _ask(Answers(labeller, shown), labelled, extent, config.campaign.seed)
         report = {
             "judge": _described(labeller),
@@ -81,7 +84,7 @@ def check_judge(
             "cost": {
                 "wall_s": time.monotonic() - started,
                 **bought(folder.events()[events:]),
-                "ledger": spent(out / LEDGER),
+                "set": spent(out / LEDGER, keys),
             },
         }
         report["findings"] = findings(report)
@@ -174,6 +177,11 @@ def _verdict(row: Labelled, attack: Attack | None, said: Answered) -> dict[str, 
         "votes": said.votes,
         "raws": made.raws,
     }
+
+
+def _key(outcome: ChatReply | CampaignError) -> tuple[str, ...]:
+    """Under which key of the ledger a reply stands, if it is one."""
+    return (outcome.key,) if isinstance(outcome, ChatReply) else ()
 
 
 def _described(labeller: Labeller) -> dict[str, Any]:

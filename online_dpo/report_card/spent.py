@@ -1,41 +1,45 @@
-"""What calls came to, those in a folder's ledger and those of one run: money, tokens, time."""
+"""What calls came to, those that a set rests on and those of one run: money, tokens, time."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from online_dpo.paid.chat import PICO
+from online_dpo.paid.ledger_rows import COLUMNS, Entry
 
 
-def spent(ledger: Path) -> dict[str, Any] | None:
-    """Figures of all calls that a ledger holds, or None where no call was made.
+def spent(ledger: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """Figures of the calls under some keys of a ledger, whenever made; None where there are none.
 
-    `calls` were or may have been answered, `usd` is None where a price is unknown. `latency_s` is
-    the median of the calls that were answered.
+    `calls` were or may have been answered, and each counts at its cost or else its reservation, as
+    for a budget. `usd` is None where a price is unknown. `latency_s` is the median of the calls
+    that were answered.
     """
-    if not ledger.is_file():
+    if not keys:
         return None
     with closing(sqlite3.connect(f"{ledger.absolute().as_uri()}?mode=ro", uri=True)) as db:
-        calls, tokens, charged = db.execute("SELECT calls, tokens, charged FROM totals").fetchone()
-        paid = "FROM calls WHERE state NOT IN ('failed', 'reused')"
-        (unpriced,) = db.execute(f"SELECT count(*) {paid} AND reserved IS NULL").fetchone()
-        answered = db.execute(
-            f"SELECT answered_by, tokens_in, tokens_out, latency_s {paid} AND state = 'settled'"
-        ).fetchall()
+        found = db.execute(f"SELECT {', '.join(COLUMNS)} FROM calls").fetchall()
+    calls = [entry for row in found if (entry := Entry(*row)).key in keys]
+    paid = [entry for entry in calls if entry.calls]
+    latencies = [entry.latency_s for entry in paid if entry.latency_s is not None]
     return {
-        "calls": calls,
-        "tokens": tokens,
-        "tokens_in": _sum([row[1] for row in answered]),
-        "tokens_out": _sum([row[2] for row in answered]),
-        "usd": None if unpriced else charged / PICO,
-        "latency_s": median(row[3] for row in answered) if answered else None,
-        "answered_by": sorted({row[0] for row in answered if row[0]}),
+        "calls": len(paid),
+        "tokens": sum(entry.tokens for entry in paid),
+        "usd": _usd(paid),
+        "latency_s": median(latencies) if latencies else None,
+        "answered_by": sorted({entry.answered_by for entry in calls if entry.answered_by}),
     }
+
+
+def _usd(paid: Sequence[Entry]) -> float | None:
+    if any(entry.cost is None and entry.reserved is None for entry in paid):
+        return None
+    return sum(entry.charge for entry in paid) / PICO
 
 
 def bought(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -50,7 +54,3 @@ def bought(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "from_ledger": sum(event.get("from_ledger", 0) for event in done),
         "usd": None if None in costs else sum(costs),
     }
-
-
-def _sum(counts: Sequence[int | None]) -> int:
-    return sum(count or 0 for count in counts)

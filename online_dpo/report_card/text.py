@@ -116,14 +116,14 @@ def _attacks(attacks: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cost(cost: Mapping[str, Any]) -> Iterator[str]:
-    ledger = cost["ledger"]
-    if ledger is None:
+    whole = cost["set"]
+    if whole is None:
         yield f"No calls were paid for; asked in {seconds(cost['wall_s'])}."
         return
     yield (
-        f"The set: {ledger['calls']} calls, {ledger['tokens']:,} tokens, {usd(ledger['usd'])}; "
-        f"a call took {seconds(ledger['latency_s'])} (median). "
-        f"Answered by {', '.join(ledger['answered_by']) or 'nobody'}."
+        f"The set: {whole['calls']} calls, {whole['tokens']:,} tokens, {usd(whole['usd'])}; "
+        f"a call took {seconds(whole['latency_s'])} (median). "
+        f"Answered by {', '.join(whole['answered_by']) or 'nobody'}."
     )
     yield (
         f"This time: {cost['requests']} calls sent, {cost['from_ledger']} answers from the ledger, "
