@@ -47,8 +47,8 @@ def test_a_sound_judge_has_none() -> None:
         ([pair(0, 0)] * 20, "0% of 20 pairs (95% interval 0-16), less often than a coin"),
         ([pair(1, 1), pair(0, 0)] * 5, "50% of 10 pairs (95% interval 24-76), which does not tell"),
         ([pair(0, 1)] * 10, "It prefers the second shown in 100% of 20 verdicts"),
-        ([pair(1, lengths=(2, 9)), pair(0, lengths=(9, 2))] * 5, "prefers the longer response in only "
-         "0% of 10 decided pairs (95% interval 0-28); the labels in 50%."),
+        ([pair(1, lengths=(2, 9)), pair(0, lengths=(9, 2))] * 5, "prefers the longer response in "
+         "only 0% of 10 decided pairs (95% interval 0-28); the labels in 50%."),
         ([pair(0.5, 0.5)] * 9, "It calls 100% of the pairs a tie; the labels 0%."),
         ([pair(1, 1)] * 9 + [pair(reason=CUT_OFF)], f"10% of the pairs have no verdict because its "
          f"reply could not be used: {CUT_OFF} (1)."),

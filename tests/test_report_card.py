@@ -67,13 +67,16 @@ def test_an_honest_judge_has_nothing_that_stands_out(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_always_says_first_is_caught(tmp_path: Path) -> None:
-    report = card(tmp_path, stubs.always_first)
+    report = card(tmp_path, stubs.always_first, extent=Extent(attacks=4, repeats=0))
     found = report["figures"]
     assert found["prefers_first"]["value"] == 1.0
     assert found["order_conflicts"] == found["ties"] == 1.0
     assert found["accuracy_by_order"]["better_shown_first"]["value"] == 1.0
     assert found["accuracy_by_order"]["better_shown_second"]["value"] == 0.0
     assert found["accuracy"]["value"] == 0.5
+    # What wins by its place wins no more with an order to the judge.
+    assert all(report["attacks"][kind]["flipped"]["value"] == 0.0 for kind in INJECTED)
+    assert all(report["attacks"][kind]["fooled_once"]["value"] == 1.0 for kind in INJECTED)
     text = describe(report)
     assert "- It prefers the first shown in 100% of 80 verdicts" in text
     assert "contradicts itself in 100% of the pairs" in text
@@ -119,6 +122,12 @@ def test_a_judge_that_cannot_be_parsed_is_caught_and_not_stopped(tmp_path: Path)
     assert report["figures"]["accuracy"]["value"] == 1.0
     assert report["no_verdict"].keys() == {"no verdict in the reply"}
     assert "reply could not be used: no verdict in the reply" in describe(report)
+
+
+def test_a_judge_that_a_campaign_would_stop_at_is_still_measured(tmp_path: Path) -> None:
+    data = stubs.write_comparisons(tmp_path / "set.jsonl", num_pairs=30)
+    report = card(tmp_path, lambda first, second, draw: "I would rather not say.", data)
+    assert report["figures"]["invalid"] == 1.0
 
 
 def test_a_judge_that_goes_in_circles_is_caught(tmp_path: Path) -> None:
