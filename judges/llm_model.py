@@ -9,8 +9,6 @@ from online_dpo.errors import ConfigError
 from online_dpo.judging import Calls, ChatReply, ChatRequest, Estimate, RequestRefused
 from online_dpo.records import Message
 
-TOO_LONG = "too long for the judge"
-
 Ask = Callable[[bool], tuple[Message, ...]]
 """The messages, given whether the server holds the reply to the schema."""
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from judges.llm_model import TOO_LONG, ChatModel, ModelOptions, is_too_long, json_schema
+from judges.llm_model import ChatModel, ModelOptions, is_too_long, json_schema
 from judges.llm_replies import Reading, read_verdict
 from judges.llm_soft import soft_p
 from judges.llm_templates import JudgeTemplate, digest, read_principles, unused_fence
+from online_dpo.asking.unusable_replies import TOO_LONG
 from online_dpo.errors import ConfigError
 from online_dpo.judging import Calls, ChatReply, RequestRefused
 from online_dpo.records import Message, Prompt, Response, Verdict

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
-from judges.llm_model import TOO_LONG, ChatModel, ModelOptions, is_too_long, json_schema
+from judges.llm_model import ChatModel, ModelOptions, is_too_long, json_schema
 from judges.llm_replies import Scale, read_scores
 from judges.llm_templates import JudgeTemplate, digest, read_principles, unused_fence
+from online_dpo.asking.unusable_replies import TOO_LONG
 from online_dpo.errors import ConfigError
 from online_dpo.judging import Calls, ChatReply, RequestRefused
 from online_dpo.records import Message, Prompt, Response, Score, derive_seed

@@ -8,16 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.asking.unusable_replies import CUT_OFF, EMPTY, NO_SCORE, NO_SUCH_SCORE, NO_VERDICT
 from online_dpo.judging import ChatReply
 
 P_OF_LABEL = {"a": 1.0, "first": 1.0, "b": 0.0, "second": 0.0, "tie": 0.5, "c": 0.5}
 """What each word for a verdict means; c is the tie of the [[A]], [[B]], [[C]] convention."""
 
-NO_VERDICT = "no verdict in the reply"
-NO_SCORE = "no score in the reply"
-NO_SUCH_SCORE = "a score that the rubric does not have"
 REFUSED = "the model refused to answer"
-CUT_OFF = "reply cut off at max_tokens"
 
 MIN_QUOTE = 24
 """Characters of a response that a judge repeats by quoting alone, not by chance."""
@@ -104,7 +101,7 @@ def _unusable(reply: ChatReply, text: str) -> str | None:
         return REFUSED
     if reply.finish_reason == "length":
         return CUT_OFF
-    return None if text.strip() else f"empty reply ({reply.finish_reason})"
+    return None if text.strip() else f"{EMPTY} ({reply.finish_reason})"
 
 
 _BARE = r"(?:a|b|tie|first|second)"

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 
 from judges.llm_replies import P_OF_LABEL
+from online_dpo.asking.unusable_replies import NO_LOGPROBS
 from online_dpo.judging import TokenLogprobs
 
 LITTLE_MASS = "verdict tokens hold too little probability"
-NOT_FOUND = "no log-probs at the verdict"
 
 _CONTEXT = 12
 """Characters before the verdict by which it is found among the tokens."""
@@ -30,7 +30,7 @@ def soft_p(
     """
     place = _place(text, at, label, tokens)
     if place is None:
-        return None, NOT_FOUND
+        return None, NO_LOGPROBS
     token, offset = place
     prefix = token.text[:offset].lstrip()
     mass = weighted = 0.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from judges.llm_model import TOO_LONG
 from judges.llm_pairwise import PairwiseTask
 from judges.llm_pointwise import PointwiseTask
 from online_dpo.asking.own_model import Seed
+from online_dpo.asking.unusable_replies import TOO_LONG
 from online_dpo.errors import ConfigError
 from online_dpo.judging import ChatReply
 from online_dpo.records import Message, Prompt, Response, Score, Verdict

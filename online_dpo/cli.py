@@ -17,6 +17,7 @@ import typer
 from online_dpo.display.visible import visible
 from online_dpo.errors import CampaignError, SignalError
 from online_dpo.files import as_disk_error
+from online_dpo.judge_commands import app as judge_app
 
 if TYPE_CHECKING:
     from online_dpo.views import Campaign
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(judge_app, name="judge")
 
 ConfigArgument = Annotated[str, typer.Argument(help="A YAML file, or a shipped config's name.")]
 RunArgument = Annotated[Path, typer.Argument(help="The run directory.")]

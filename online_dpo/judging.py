@@ -43,6 +43,7 @@ from online_dpo.paid.chat import ChatRequest as ChatRequest
 from online_dpo.paid.chat import Estimate as Estimate
 from online_dpo.paid.chat import RequestRefused as RequestRefused
 from online_dpo.paid.chat import TokenLogprobs as TokenLogprobs
+from online_dpo.paid.door import OnCall
 from online_dpo.paid.prices import is_priced
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
 
@@ -75,9 +76,11 @@ class Labeller:
         log: Path | None = None,
         section: str = "judge",
         env: Mapping[str, str] | None = None,
+        max_invalid: float | None = None,
     ) -> None:
         """`section` is where the config stands in the campaign's, for messages; `env` is added to
-        the environment of a judge's own process.
+        the environment of a judge's own process. `max_invalid` takes the place of the config's,
+        for who measures how much of it there is.
 
         Raises ConfigError where the judge cannot be imported or made, or its settings clash.
         """
@@ -89,6 +92,7 @@ class Labeller:
         self._ledger_path = ledger_path
         self._env = dict(env or {})
         self._section = section
+        self._max_invalid = judge_config.max_invalid if max_invalid is None else max_invalid
         self._log = log or ledger_path.parent / "logs" / "judge.log"
         self._cancelled = threading.Event()
         self.kind: Kind
@@ -176,18 +180,30 @@ class Labeller:
         on_share: OnShare | None = None,
     ) -> list[tuple[Score, ...]]:
         """The scores of each prompt's responses, aligned with them. Only where kind is "score"."""
+        return [
+            combine_scores(votes)
+            for votes in self.score_votes(
+                items, purpose=purpose, votes=self.config.votes, on_share=on_share
+            )
+        ]
+
+    def score_votes(
+        self,
+        items: Sequence[tuple[Prompt, Sequence[Response]]],
+        *,
+        purpose: str,
+        votes: int,
+        on_share: OnShare | None = None,
+    ) -> list[list[tuple[Score, ...]]]:
+        """What `score` combines: of each prompt `votes` times the scores of its responses."""
         assert self.kind == "score", f"{self.config.name} compares, it does not score"
-        votes = self.config.votes
         questions = [
             Question(prompt, tuple(responses), vote)
             for prompt, responses in items
             for vote in range(votes)
         ]
         answers = [_as_scores(answer) for answer in self._ask(questions, purpose, on_share)]
-        return [
-            combine_scores(answers[start : start + votes])
-            for start in range(0, len(answers), votes)
-        ]
+        return [answers[start : start + votes] for start in range(0, len(answers), votes)]
 
     def compare_pairs(
         self,
@@ -197,31 +213,36 @@ class Labeller:
         on_share: OnShare | None = None,
     ) -> list[Comparison]:
         """One Comparison for each pair, in their order. Only where kind is "compare"."""
+        said = self.pair_votes(pairs, purpose=purpose, votes=self.config.votes, on_share=on_share)
+        return [
+            combine_verdicts(*pair, answers, swap=self.config.swap)
+            for pair, answers in zip(pairs, said, strict=True)
+        ]
+
+    def pair_votes(
+        self,
+        pairs: Sequence[tuple[Prompt, Response, Response]],
+        *,
+        purpose: str,
+        votes: int,
+        on_share: OnShare | None = None,
+    ) -> list[list[tuple[Question, Verdict]]]:
+        """What `compare_pairs` combines: what was asked about each pair, with each verdict."""
         assert self.kind == "compare", f"{self.config.name} scores, it does not compare"
         asked = [
             compare_questions(
-                prompt,
-                first,
-                second,
-                orders=self.config.orders,
-                votes=self.config.votes,
-                seed=self._seed,
-                round=self.round,
+                *pair, orders=self.config.orders, votes=votes, seed=self._seed, round=self.round
             )
-            for prompt, first, second in pairs
+            for pair in pairs
         ]
         questions = [question for group in asked for question in group]
         answers = iter(_as_verdict(answer) for answer in self._ask(questions, purpose, on_share))
-        return [
-            combine_verdicts(
-                prompt,
-                first,
-                second,
-                [(question, next(answers)) for question in group],
-                swap=self.config.swap,
-            )
-            for (prompt, first, second), group in zip(pairs, asked, strict=True)
-        ]
+        return [[(question, next(answers)) for question in group] for group in asked]
+
+    def watch(self, on_call: OnCall) -> None:
+        """Have every call of a judge that pays told as it ends, on the judge's own thread."""
+        if isinstance(self._asker, LoopAsker):
+            self._asker.watch(on_call)
 
     def cancel(self) -> None:
         """End what another thread asks, soon. The labeller can then only be closed."""
@@ -268,8 +289,9 @@ class Labeller:
             self._asker = PeopleAsker(form, run=self._ledger_path.parent, seed=self._seed)
         else:
             check_key(form.judge)
+            config = self.config.model_copy(update={"max_invalid": self._max_invalid})
             self._asker = LoopAsker(
-                form, self.config, self._ledger_path, seed=self._seed, section=self._section
+                form, config, self._ledger_path, seed=self._seed, section=self._section
             )
 
     def _ask(

@@ -13,7 +13,9 @@ from online_dpo.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a data file; `line` counts from 1. `values` is None where it cannot be read."""
+    """A row of a data file; `line` counts from 1 the lines, or the rows where there are no lines.
+    `values` is None where it cannot be read.
+    """
 
     line: int
     values: Mapping[str, Any] | None
@@ -22,7 +24,9 @@ class Row:
 
 
 def read_rows(path: str, *, split: str = "train") -> Iterator[Row]:
-    """The rows of a .jsonl or .parquet file, or of a dataset that `datasets` loads by name.
+    """The rows of a .jsonl, .json or .parquet file, or of a dataset that `datasets` loads by name.
+
+    A .json file holds one array of rows, or a row a line.
 
     Raises ConfigError where there is no such file or dataset, or it cannot be read.
     """
@@ -59,6 +63,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    if path.suffix == ".json" and data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _read_array(path, data)
+        return
     for line, raw in enumerate(data.split(b"\n"), start=1):
         if not raw.strip():
             continue
@@ -69,10 +76,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             shown = excerpt(raw.decode("utf-8", errors="replace"))
             yield Row(line, None, f"not JSON: {error}", shown)
             continue
-        if isinstance(values, dict):
-            yield Row(line, values)
-        else:
-            yield Row(line, None, f"the line is {kind_of(values)}, not an object", excerpt(values))
+        yield _row(line, values)
+
+
+def _read_array(path: Path, data: bytes) -> Iterator[Row]:
+    try:
+        rows = json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ConfigError(f"{path} begins as an array and is not JSON: {error}") from error
+    for number, values in enumerate(rows, start=1):
+        yield _row(number, values)
+
+
+def _row(line: int, values: Any) -> Row:
+    if isinstance(values, dict):
+        return Row(line, values)
+    return Row(line, None, f"the line is {kind_of(values)}, not an object", excerpt(values))
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -11,16 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from judges.llm_pairwise import PairwiseTask
-from judges.llm_replies import (
-    CUT_OFF,
-    NO_SCORE,
-    NO_SUCH_SCORE,
-    NO_VERDICT,
-    REFUSED,
-    Scale,
-    read_scores,
-    read_verdict,
-)
+from judges.llm_replies import REFUSED, Scale, read_scores, read_verdict
+from online_dpo.asking.unusable_replies import CUT_OFF, NO_SCORE, NO_SUCH_SCORE, NO_VERDICT
 from online_dpo.judging import ChatReply
 from online_dpo.records import Prompt, Response
 

@@ -16,7 +16,8 @@ from labellers import MakeLabeller, rows, serve
 from vllm_processes import VllmServer
 
 from judges.llm_replies import read_verdict
-from judges.llm_soft import LITTLE_MASS, NOT_FOUND, soft_p
+from judges.llm_soft import LITTLE_MASS, soft_p
+from online_dpo.asking.unusable_replies import NO_LOGPROBS
 from online_dpo.errors import ConfigError
 from online_dpo.judging import ChatReply, TokenLogprobs
 
@@ -76,7 +77,7 @@ def test_a_token_outside_of_the_likeliest_counts_too() -> None:
 
 def test_tokens_without_the_verdict_give_none() -> None:
     said = [TokenLogprobs("something", 0.0, ()), TokenLogprobs(" else", 0.0, ())]
-    assert soft_p("Verdict: A", 9, "A", said, min_mass=0.5) == (None, NOT_FOUND)
+    assert soft_p("Verdict: A", 9, "A", said, min_mass=0.5) == (None, NO_LOGPROBS)
 
 
 @given(st.floats(0.01, 0.98), st.floats(0.0, 1.0), st.floats(0.0, 0.01))

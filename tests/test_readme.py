@@ -31,6 +31,7 @@ from online_dpo.config_file import load_config
 from online_dpo.display.wording import FATES
 from online_dpo.drift import OPERATIONAL
 from online_dpo.errors import BY_NAME
+from online_dpo.judge_figures import figures
 from online_dpo.judging import Labeller
 from online_dpo.loss_rules import LOSS_FACTS, MODIFIERS
 from online_dpo.offline.preference_forms import parse_label, parse_preference
@@ -265,6 +266,7 @@ def test_the_table_of_commands_is_complete_and_they_work(home: Path) -> None:
         "FILE": "out/preferences.jsonl",
         "M": "out/policy",
         "POLICY": "trained",
+        "TEXT": "hello",
     }
     ready = []
     for line in lines:
@@ -284,6 +286,7 @@ def test_commands_and_options_exist(page: Path) -> None:
         if not words or words[0].startswith("--"):
             continue
         command = click_app.commands[words[0]]
+        command = getattr(command, "commands", {}).get(words[1] if words[1:] else "", command)
         known = {name for parameter in command.params for name in parameter.opts}
         given = {word for word in words[1:] if word.startswith("--")}
         assert given <= known | {"--debug"}, line
@@ -453,7 +456,7 @@ def test_a_judge_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_figure_is_explained(home: Path) -> None:
-    evaluation, step, training, pairs, fates, samples, labels = metric_tables()
+    evaluation, step, training, pairs, fates, samples, labels, judge = metric_tables()
     first = home / "runs/first_person/rounds/001"
 
     def keys(name: str) -> set[str]:
@@ -468,6 +471,7 @@ def test_every_figure_is_explained(home: Path) -> None:
     assert fates == set(FATES)
     assert keys("samples/part-00000/metrics.json") == samples
     assert keys("labels/part-00000/metrics.json") == labels
+    assert set(figures([])) == judge
 
 
 def metric_tables() -> list[set[str]]:

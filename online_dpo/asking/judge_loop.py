@@ -20,7 +20,7 @@ from online_dpo.asking.verdicts import Question
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import JudgeError
 from online_dpo.paid.calls import CallContext
-from online_dpo.paid.door import Door
+from online_dpo.paid.door import Door, OnCall
 
 BLOCKED_GRACE_S = 5.0
 """How long past its deadline an event loop may stand still before the judge is given up."""
@@ -86,6 +86,10 @@ class LoopAsker:
         finally:
             if (summary := self._door.summary()) is not None:
                 on_event(summary)
+
+    def watch(self, on_call: OnCall) -> None:
+        """Have every call told as it ends, on the judge's own thread."""
+        self._door.on_call = on_call
 
     def cancel(self) -> None:
         """End the asking under way; calls in flight are recorded as unknown."""

@@ -44,6 +44,10 @@ POOL_SIZE = 16
 """Requests in flight for each pool of connections, which looks at all it has with every request."""
 
 
+OnCall = Callable[[CallContext, ChatRequest, "ChatReply | CampaignError"], None]
+"""Takes a call with what came of it: a reply, or the error that stands in its place."""
+
+
 class DoorClosed(Exception):
     """Another call has failed for good; no more are sent."""
 
@@ -83,6 +87,8 @@ class Door:
         """
         self.fatal: CampaignError | None = None
         """What ended all calls, even if a judge has caught it."""
+        self.on_call: OnCall | None = None
+        """Told of every call that ends, on the event loop's thread."""
         self._ledger_path = ledger_path
         self._config = config
         self._version = version
@@ -149,6 +155,23 @@ class Door:
         self, request: ChatRequest, estimate: Estimate, context: CallContext
     ) -> ChatReply:
         """See `Calls.complete`."""
+        try:
+            reply = await self._reply(request, estimate, context)
+        except CampaignError as error:
+            self._tell_of(context, request, error)
+            raise
+        self._tell_of(context, request, reply)
+        return reply
+
+    def _tell_of(
+        self, context: CallContext, request: ChatRequest, outcome: ChatReply | CampaignError
+    ) -> None:
+        if self.on_call is not None:
+            self.on_call(context, request, outcome)
+
+    async def _reply(
+        self, request: ChatRequest, estimate: Estimate, context: CallContext
+    ) -> ChatReply:
         try:
             call = self._call(request, estimate, context)
             async with self._locks.setdefault(call.entry.key, asyncio.Lock()):

@@ -1,0 +1,1 @@
+"""How good a judge is: asked about labelled comparisons and attacked, outside of a campaign."""
