@@ -6,9 +6,9 @@
 `round`: 256 prompts x 2 responses x 64 new tokens, judged by a rule, trained in optimizer steps of
 `--batch-size` pairs against a fixed reference; a Llama of 1M parameters. Here that is a campaign
 with all its files, in one process; there, as many steps of its trainer. In bfloat16 the weights
-that are trained are float32 on both sides, and all else computes in bfloat16. `fixed`: the wall time
-of a round less sampling, judging and training, for a model of 20M parameters, workers warm: in the
-same process, and in processes of their own.
+that are trained are float32 on both sides, and all else computes in bfloat16. `fixed`: the wall
+time of a round less sampling, judging and training, for a model of 20M parameters, workers warm: in
+the same process, and in processes of their own.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ def main() -> None:
 
 def compare_rounds(folder: Path, args: argparse.Namespace) -> None:
     given = _jobs(folder, "c", args, prompts=PROMPTS, new_tokens=NEW_TOKENS)
-    train = {"micro_batch_tokens": 4096}
+    tuned = {
+        "sampling": {"batch_size": 2 * PROMPTS},
+        "train": {"micro_batch_tokens": 4096},
+        "compute": {"workers": "inline"},
+    }
     sides = [
-        Side("this engine", campaign, given({"train": train, "compute": {"workers": "inline"}})),
+        Side("this engine", campaign, given(tuned)),
         *[
             Side(
                 f"TRL tuned, micro-batch {n}", trl_side.online_dpo, given(trl_side.online_tuned(n))

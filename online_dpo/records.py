@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -237,9 +237,19 @@ class ArtifactInfo:
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """A record as plain JSON types (tuples become lists)."""
-    plain: dict[str, Any] = asdict(record)
-    return plain
+    """A record as plain types, nested records too; tokens and other plain values are shared.
+
+    dataclasses.asdict copies each token of a response, which takes longer than drawing it may.
+    """
+    return {f.name: _plain(getattr(record, f.name)) for f in fields(record)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple) and any(is_dataclass(item) for item in value[:1]):
+        return tuple(to_dict(item) for item in value)
+    return value
 
 
 def prompt_from_dict(row: Mapping[str, Any]) -> Prompt:

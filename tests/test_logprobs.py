@@ -166,8 +166,9 @@ def test_order_and_micro_batches_change_nothing(name: str) -> None:
 def test_parts_and_chunks_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = make(name).double(), items()
     loss, expected = ours(model, pairs, [range(7)])
-    for tokens in (1, 5, 12):
+    for tokens, kept in ((1, True), (5, False), (5, True), (12, False)):
         monkeypatch.setitem(vocabulary.CHUNK_BYTES, "cpu", tokens * 4 * 64)
+        monkeypatch.setitem(vocabulary.KEPT_BYTES, "cpu", 2**30 if kept else 0)
         other, found = ours(model, pairs, [range(7)])
         assert other == pytest.approx(loss, abs=1e-6)
         assert error(found, expected) < 1e-6  # norms compute in float32

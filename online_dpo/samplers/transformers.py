@@ -22,6 +22,7 @@ from transformers import (
 from online_dpo.errors import EngineError
 from online_dpo.models.loading import max_length
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
+from online_dpo.samplers.decode_attention import use_decode_attention
 from online_dpo.samplers.decoding import Ending, SeededChoice, seeded_uniforms
 from online_dpo.samplers.kv_cache import roomy_cache
 from online_dpo.samplers.responses import (
@@ -88,6 +89,7 @@ class TransformersSampler:
         """Make `policy` the model that answers. The tokenizer is the first policy's throughout."""
         self._model = None
         self._model = self._model_source(policy, folder)
+        use_decode_attention(self._model)
         if self._tokenizer is None:
             self._tokenizer = self._tokenizer_source(folder)
         self._eos = eos_token_ids(folder, self._tokenizer)

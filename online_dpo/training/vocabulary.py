@@ -1,4 +1,4 @@
-"""From hidden states to log-probs of given tokens, with few logits in memory and none kept."""
+"""From hidden states to log-probs of given tokens, with few logits in memory at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from online_dpo.training.packing import Part
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**30}
 """Memory for logits in float32 at once: 262 tokens of a vocabulary of 32k on a CPU."""
+
+KEPT_BYTES = {"cpu": 2**26, "cuda": 2**30}
+"""Memory for the probabilities of a part, kept in the type that is computed in until its loss is
+known; a larger part makes its logits twice."""
 
 ROWS = 1024
 """Rows of a matrix that stay in a CPU's cache between two passes."""
@@ -71,8 +75,9 @@ def fused_terms(
 
     The gradient is computed beside the loss, part by part: dL/dlogp of each token comes from
     `part_loss` by autograd, and dL/dlogits = dL/dlogp * (onehot - softmax) in closed form. So the
-    logits of a part are made once and never kept. Those of a part too large for memory are made
-    twice, chunk by chunk. `rounded` is the head's weight in the type that is computed in.
+    logits of a part are made once, and what is kept of them is gone before the next part. Those of
+    a part too large for that are made twice, chunk by chunk. `rounded` is the head's weight in the
+    type that is computed in.
     """
     names: list[str] = []
     apply: Any = _Fused.apply
@@ -140,26 +145,30 @@ class _Work:
         self.grad_weight = torch.zeros_like(master, dtype=wide) if wants_weight else None
         self.grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         self.size = chunk_tokens(weight.shape[0], hidden.device)
+        kept_bytes = KEPT_BYTES.get(hidden.device.type, KEPT_BYTES["cuda"])
+        self.most_kept = kept_bytes // (weight.shape[0] * hidden.element_size())
 
     def do(self, part: Part, part_loss: PartLoss, squares: bool) -> Terms:
         chunks = [
             slice(i, min(i + self.size, part.stop)) for i in range(part.start, part.stop, self.size)
         ]
-        kept = None
+        keeps = len(chunks) == 1 or part.stop - part.start <= self.most_kept
+        kept: list[Tensor] = []
         logps, norms = [], []
         for chunk in chunks:
             values, probs = self.softmax(chunk)
             logps.append(values)
             if squares:
                 norms.append(torch.linalg.vector_norm(probs, dim=1))
-            kept = probs if len(chunks) == 1 else None
+            if keeps:
+                kept.append(probs.to(self.hidden.dtype))
         with torch.enable_grad():
             leaf = torch.cat(logps).requires_grad_()
             terms = part_loss(leaf, part, 2.0 * torch.cat(norms).log() if squares else None)
             (grads,) = torch.autograd.grad(terms.loss, leaf)
-        for chunk in chunks:
+        for number, chunk in enumerate(chunks):
             share = grads[chunk.start - part.start : chunk.stop - part.start]
-            self.add(chunk, self.softmax(chunk)[1] if kept is None else kept, share)
+            self.add(chunk, kept[number] if keeps else self.softmax(chunk)[1], share)
         return terms
 
     def softmax(self, chunk: slice) -> tuple[Tensor, Tensor]:
