@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from online_dpo.errors import EngineError
 from online_dpo.models.loading import load_model, load_tokenizer
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
+from online_dpo.samplers.decode_attention import attention_forward
 from online_dpo.samplers.transformers import TransformersSampler
 
 
@@ -332,3 +334,37 @@ def test_progress_counts_every_response(tiny_llama: Path) -> None:
     seen: list[int] = []
     list(sampler.generate(requests(10), params(), progress=seen.append))
     assert seen == [6, 12, 18, 20]
+
+
+def test_decoding_in_bfloat16_attends_as_torch_does() -> None:
+    """By torch's own attention in float64, with a key head for two query heads and padding."""
+    generator = torch.Generator().manual_seed(0)
+    shape, length = (5, 4, 1, 8), 7
+    query = torch.randn(shape, generator=generator).bfloat16()
+    key, value = (torch.randn((5, 2, length, 8), generator=generator).bfloat16() for _ in range(2))
+    sees = torch.arange(length) >= torch.tensor([0, 1, 2, 3, 4])[:, None]
+    wide = [x.double() for x in (query, key, value)]
+    for mask in (None, sees[:, None, None], torch.zeros(5, 1, 1, length).bfloat16()):
+        expected = scaled_dot_product_attention(
+            *wide,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.double(),
+            scale=0.3,
+            enable_gqa=True,
+        ).transpose(1, 2)
+        found, _ = attention_forward(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+        torch.testing.assert_close(found.double(), expected, atol=0.01, rtol=0.01)
+
+
+def test_log_probs_of_a_bfloat16_policy_are_those_of_its_score(tiny_qwen2: Path) -> None:
+    sampler = TransformersSampler(
+        model_source=lambda policy, path: load_model(path).bfloat16(),
+        tokenizer_source=load_tokenizer,
+        batch_size=64,
+    )
+    sampler.load(ModelRef(str(tiny_qwen2), "0" * 64), tiny_qwen2)
+    asked = requests(6)
+    answers = answer(sampler, asked)
+    prompts = {one.prompt.id: one.prompt.token_ids for one in asked}
+    scored = sampler.score([(prompts[r.prompt_id], r.token_ids) for r in answers])
+    for response, logprobs in zip(answers, scored, strict=True):
+        assert response.logprobs == pytest.approx(logprobs, abs=0.1)
