@@ -314,7 +314,8 @@ class JudgeConfig(Section):
     reuse_from: list[str] = []
     """Run directories whose ledgers answer identical calls; they are only read."""
     gold: Annotated[str, _NOT_EMPTY] | None = None
-    """A .jsonl file of labelled comparisons that this judge is asked about in every round."""
+    """A .jsonl or .parquet file or dataset name with labelled comparisons, as `online-dpo judge
+    check` reads them, that every round asks this judge about."""
     gold_pairs: Count = 100
     """Most of them that are asked about, drawn by seed, the same in every round."""
     probes: Annotated[int, Field(ge=0)] | None = None

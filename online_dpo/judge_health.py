@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from online_dpo.asking.members import verdict_of_scores
 from online_dpo.asking.unusable_replies import is_unusable
 from online_dpo.asking.verdicts import IDENTICAL, Kind
 from online_dpo.judge_figures import Judged, figures, preferred
 from online_dpo.metrics import wilson
-from online_dpo.records import Comparison, Prompt, Response, Score, to_dict
+from online_dpo.records import Comparison, Score
+from online_dpo.report_card.answers import Answered, judged
+from online_dpo.report_card.comparisons import Labelled
 
 Row = Mapping[str, Any]
 
@@ -55,68 +57,17 @@ def label_figures(
     return {"verdicts": verdicts, "unusable": dict(sorted(unusable.items())), "labels": found}
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A pair that a round asks about beside its labels, and the judge's word on it.
-
-    `swapped` says how it was shown, where it was in one order.
-    """
-
-    part: Literal["gold", "constant"]
-    prompt: Prompt
-    first: Response
-    second: Response
-    said: Comparison
-    swapped: bool | None
-    gold: float | None = None
-
-
-def gold_figures(asked: Sequence[Asked]) -> dict[str, Any] | None:
-    """The figures of docs/metrics.md over labelled comparisons, lengths in characters."""
-    if not asked:
+def gold_figures(gold: Sequence[Labelled], said: Sequence[Answered]) -> dict[str, Any] | None:
+    """The figures of docs/metrics.md over labelled comparisons; None without any."""
+    if not gold:
         return None
-    return figures(
-        [
-            Judged(
-                a.said.order_ps,
-                a.said.p,
-                a.said.reason,
-                len(a.first.text),
-                len(a.second.text),
-                gold=a.gold,
-                swapped=a.swapped,
-            )
-            for a in asked
-        ]
-    )
+    return figures([judged(row, answer) for row, answer in zip(gold, said, strict=True)])
 
 
 def win_rate(comparisons: Iterable[Comparison]) -> dict[str, Any] | None:
     """The rate of verdicts for the first response, ties half; those without a verdict left out."""
     rate = wilson([0.5 + preferred(c.p) / 2 for c in comparisons if c.p is not None])
     return None if rate is None else asdict(rate)
-
-
-def comparison_of_scores(
-    pair: tuple[Prompt, Response, Response], one: Score, other: Score, *, scale: float
-) -> Comparison:
-    """The scores of two responses as a comparison of them, in no order."""
-    prompt, first, second = pair
-    verdict = verdict_of_scores(one, other, scale=scale)
-    raws = () if verdict.raw is None else (verdict.raw,)
-    return Comparison(prompt.id, first.id, second.id, verdict.p, verdict.reason, 0, raws)
-
-
-def asked_row(asked: Asked) -> dict[str, Any]:
-    """A row of the checks table."""
-    return {
-        "part": asked.part,
-        "prompt_text": asked.prompt.content,
-        "first_text": asked.first.text,
-        "second_text": asked.second.text,
-        "gold": asked.gold,
-        **to_dict(asked.said),
-    }
 
 
 def _comparison(

@@ -11,11 +11,22 @@ from online_dpo.alarms import judge_alarms
 from online_dpo.asking.verdicts import drawn_order
 from online_dpo.errors import StoppedError
 from online_dpo.files import read_json, sha256_text
-from online_dpo.judge_health import Asked, Shown, asked_row, gold_figures, label_figures, win_rate
+from online_dpo.judge_health import Shown, gold_figures, label_figures, win_rate
 from online_dpo.paid.ledger import LEDGER, digest_of
-from online_dpo.records import Response, Score
+from online_dpo.records import Response
+from online_dpo.report_card.answers import Pair
+from online_dpo.report_card.comparisons import Labelled
 from online_dpo.stages.context import Context
-from online_dpo.stages.judge_questions import ask_gold, ask_probes, probed_prompts
+from online_dpo.stages.judge_questions import (
+    CONSTANT,
+    GOLD,
+    ask_gold,
+    ask_probes,
+    check_row,
+    chosen_gold,
+    make_probes,
+    probed_prompts,
+)
 from online_dpo.stages.sample import shard_names
 from online_dpo.tables import read_table, responses_by_prompt, write_table
 
@@ -45,9 +56,6 @@ def check_judge(context: Context) -> None:
     labeller = context.make_labeller(False)
     prompts = probed_prompts(context, labeller)
     round_ = _read(context, set(prompts))
-    scores = {row["first_id"]: Score(row["score"], row["reason"]) for row in _scored(round_.labels)}
-    gold = ask_gold(context, labeller)
-    probes = ask_probes(context, labeller, [round_.probed[i] for i in prompts], scores)
     figures = label_figures(
         round_.labels,
         round_.samples,
@@ -55,8 +63,19 @@ def check_judge(context: Context) -> None:
         scale=context.config.judge.scale,
         is_swapped=lambda row: _is_swapped(context, labeller, row),
     )
-    figures |= {"gold": gold_figures(gold), "constant": win_rate(p.said for p in probes)}
-    _commit(context, labeller, gold, probes, {"kind": labeller.kind, **figures})
+    gold = chosen_gold(context.config)
+    on_gold = ask_gold(context, labeller, gold)
+    probes = make_probes(context, labeller, [round_.probed[i] for i in prompts])
+    on_probes = ask_probes(context, labeller, probes)
+    metrics = {
+        "kind": labeller.kind,
+        **figures,
+        "gold": gold_figures(gold, on_gold),
+        "constant": win_rate(said.comparison for said in on_probes),
+    }
+    rows = [check_row(GOLD, _pair(g), a, g.gold) for g, a in zip(gold, on_gold, strict=True)]
+    rows += [check_row(CONSTANT, p, a) for p, a in zip(probes, on_probes, strict=True)]
+    _commit(context, labeller, rows, metrics, gold)
 
 
 def heed_alarms(context: Context) -> None:
@@ -91,8 +110,8 @@ def _read(context: Context, probed: set[str]) -> _Labelled:
     return found
 
 
-def _scored(labels: Sequence[Row]) -> Sequence[Row]:
-    return [row for row in labels if row["second_id"] is None]
+def _pair(row: Labelled) -> Pair:
+    return row.prompt, row.first, row.second
 
 
 def _is_swapped(context: Context, labeller: Labeller, row: Mapping[str, Any]) -> bool | None:
@@ -106,22 +125,21 @@ def _is_swapped(context: Context, labeller: Labeller, row: Mapping[str, Any]) ->
 def _commit(
     context: Context,
     labeller: Labeller,
-    gold: Sequence[Asked],
-    probes: Sequence[Asked],
+    rows: Sequence[Row],
     metrics: Mapping[str, Any],
+    gold: Sequence[Labelled],
 ) -> None:
     labels = context.round.children("labels")
     inputs = {name: context.round.manifest(name)["sha256"] for name in labels}
     if gold:
-        told = [[a.prompt.id, a.first.id, a.second.id, a.gold] for a in gold]
-        inputs["gold"] = sha256_text(json.dumps(told))
+        told = [[g.prompt.id, g.first.id, g.second.id, g.gold] for g in gold]
+        inputs[GOLD] = sha256_text(json.dumps(told))
     with context.round.commit(CHECK, inputs=inputs) as draft:
-        table = [asked_row(asked) for asked in (*gold, *probes)]
-        write_table(draft.path / "checks.parquet", "checks", table)
+        write_table(draft.path / "checks.parquet", "checks", rows)
         (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        draft.rows = len(table)
+        draft.rows = len(rows)
         draft.facts = {"judge": labeller.identity}
         ledger = context.run.path / LEDGER
         if ledger.is_file():
-            rows, digest = digest_of(ledger)
-            draft.facts["ledger"] = {"rows": rows, "sha256": digest}
+            num_rows, digest = digest_of(ledger)
+            draft.facts["ledger"] = {"rows": num_rows, "sha256": digest}

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from online_dpo.asking.verdicts import drawn_order
 from online_dpo.clashes import num_probes
 from online_dpo.config import Config
-from online_dpo.judge_health import Asked, comparison_of_scores
-from online_dpo.records import Comparison, Prompt, Response, Score, derive_seed
+from online_dpo.progress import SilentProgress
+from online_dpo.records import Response, derive_seed, to_dict
+from online_dpo.report_card.answers import Answered, Answers, Pair
 from online_dpo.report_card.comparisons import Labelled, read_comparisons
+from online_dpo.resources import find_data
 from online_dpo.stages.context import Context
 
 if TYPE_CHECKING:
     from online_dpo.judging import Labeller
 
-Pair = tuple[Prompt, Response, Response]
+GOLD = "gold"
+CONSTANT = "constant"
 
-GOLD: Literal["gold"] = "gold"
-CONSTANT: Literal["constant"] = "constant"
-NO_ROUND = 0
+_FILES = (".jsonl", ".json", ".parquet")
 
 
 def chosen_gold(config: Config) -> list[Labelled]:
     """The comparisons of judge.gold that every round asks about. Raises ConfigError."""
-    if config.judge.gold is None:
+    gold, seed = config.judge.gold, config.campaign.seed
+    if gold is None:
         return []
-    seed = config.campaign.seed
-    found, _ = read_comparisons(config.judge.gold, seed=seed)
-    drawn = sorted(found, key=lambda g: derive_seed(seed, "gold", g.first.id, g.second.id))
+    path = str(find_data(gold)) if gold.endswith(_FILES) else gold
+    found, _ = read_comparisons(path, seed=seed)
+    drawn = sorted(found, key=lambda g: derive_seed(seed, GOLD, g.first.id, g.second.id))
     return drawn[: config.judge.gold_pairs]
 
 
-def ask_gold(context: Context, labeller: Labeller) -> list[Asked]:
-    """The judge's word on the gold set.
+def ask_gold(context: Context, labeller: Labeller, gold: Sequence[Labelled]) -> list[Answered]:
+    """The judge's word on each comparison of the gold set.
 
     The questions are of no round: even where one order is drawn, they are the same in every one.
     """
-    gold = chosen_gold(context.config)
-    pairs = [(g.prompt, g.first, g.second) for g in gold]
-    labeller.round = NO_ROUND
+    pairs = [(row.prompt, row.first, row.second) for row in gold]
+    labeller.round = 0
     try:
-        if labeller.kind == "compare":
-            said = _compare(context, labeller, pairs, GOLD)
-        else:
-            items = [(prompt, (first, second)) for prompt, first, second in pairs]
-            said = _from_scores(context, pairs, _score(context, labeller, items, GOLD))
+        return _answers(context, labeller).on(pairs, purpose=GOLD)
     finally:
         labeller.round = context.round.number
-    return [
-        Asked(GOLD, *pair, comparison, _is_swapped(context, comparison, NO_ROUND), g.gold)
-        for g, pair, comparison in zip(gold, pairs, said, strict=True)
-    ]
+
+
+def ask_probes(context: Context, labeller: Labeller, probes: Sequence[Pair]) -> list[Answered]:
+    """The judge's word on the constant response against each of the policy's."""
+    purpose = f"{CONSTANT}-{context.round.number:03d}"
+    return _answers(context, labeller).on(probes, purpose=purpose)
 
 
 def probed_prompts(context: Context, labeller: Labeller) -> list[str]:
@@ -64,37 +61,16 @@ def probed_prompts(context: Context, labeller: Labeller) -> list[str]:
     return drawn[: num_probes(context.config.judge, labeller.mode)]
 
 
-def ask_probes(
-    context: Context,
-    labeller: Labeller,
-    responses: Sequence[Sequence[Response]],
-    scores: Mapping[str, Score],
-) -> list[Asked]:
-    """The judge's word on the constant response against the policy's.
+def make_probes(
+    context: Context, labeller: Labeller, responses: Sequence[Sequence[Response]]
+) -> list[Pair]:
+    """The constant response against the policy's, one of each prompt in turn.
 
-    `responses` are those of each probed prompt. Where the judge scores, `scores` are its labels.
+    `responses` are those of each of `probed_prompts`.
     """
-    number, purpose = context.round.number, f"{CONSTANT}-{context.round.number:03d}"
-    pairs = _probes(context, responses, num_probes(context.config.judge, labeller.mode))
-    if labeller.kind == "compare":
-        said = _compare(context, labeller, pairs, purpose)
-    else:
-        alone = {prompt.id: (prompt, (constant,)) for prompt, constant, _ in pairs}
-        given = _score(context, labeller, list(alone.values()), purpose)
-        of_constant = {i: score for i, (score,) in zip(alone, given, strict=True)}
-        both = [(of_constant[prompt.id], scores[other.id]) for prompt, _, other in pairs]
-        said = _from_scores(context, pairs, both)
-    return [
-        Asked(CONSTANT, *pair, comparison, _is_swapped(context, comparison, number))
-        for pair, comparison in zip(pairs, said, strict=True)
-    ]
-
-
-def _probes(context: Context, responses: Sequence[Sequence[Response]], count: int) -> list[Pair]:
-    """The constant response against `count` of the policy's, one of each prompt in turn."""
     own = [[r for r in group if r.source == "policy"] for group in responses]
     turns = (r for turn in zip_longest(*own) for r in turn if r is not None)
-    chosen = list(islice(turns, count))
+    chosen = list(islice(turns, num_probes(context.config.judge, labeller.mode)))
     if not chosen:
         return []
     text = context.config.judge.constant
@@ -114,53 +90,20 @@ def _probes(context: Context, responses: Sequence[Sequence[Response]], count: in
     ]
 
 
-def _compare(
-    context: Context, labeller: Labeller, pairs: Sequence[Pair], purpose: str
-) -> list[Comparison]:
-    if not pairs:
-        return []
-    with _shown(context, labeller, len(pairs)) as on_share:
-        return labeller.compare_pairs(pairs, purpose=purpose, on_share=on_share)
+def check_row(part: str, pair: Pair, said: Answered, gold: float | None = None) -> dict[str, Any]:
+    """A row of the checks table."""
+    prompt, first, second = pair
+    return {
+        "part": part,
+        "prompt_text": prompt.content,
+        "first_text": first.text,
+        "second_text": second.text,
+        "gold": gold,
+        **to_dict(said.comparison),
+    }
 
 
-def _score(
-    context: Context,
-    labeller: Labeller,
-    items: Sequence[tuple[Prompt, Sequence[Response]]],
-    purpose: str,
-) -> list[tuple[Score, ...]]:
-    if not items:
-        return []
-    with _shown(context, labeller, len(items)) as on_share:
-        return labeller.score(items, purpose=purpose, on_share=on_share)
-
-
-def _from_scores(
-    context: Context, pairs: Sequence[Pair], scores: Sequence[Sequence[Score]]
-) -> list[Comparison]:
-    scale = context.config.judge.scale
-    return [
-        comparison_of_scores(pair, *both, scale=scale)
-        for pair, both in zip(pairs, scores, strict=True)
-    ]
-
-
-def _is_swapped(context: Context, said: Comparison, number: int) -> bool | None:
-    """How a pair that was asked about in one order was shown."""
-    if len(said.order_ps) != 1:
-        return None
-    ids = (said.prompt_id, said.first_id, said.second_id)
-    return drawn_order(*ids, seed=context.config.campaign.seed, round=number)
-
-
-@contextmanager
-def _shown(
-    context: Context, labeller: Labeller, total: int
-) -> Iterator[Callable[[float], Any] | None]:
-    """A bar for a judge that takes its time; what is called directly takes none."""
-    if labeller.mode == "inline":
-        yield None
-        return
-    with context.progress.stage("check", total=total, unit="pairs") as bar:
-        yield lambda share: bar.set(int(share * total))
-        bar.set(total)
+def _answers(context: Context, labeller: Labeller) -> Answers:
+    """A judge that is called directly takes no time worth a bar."""
+    inline = labeller.mode == "inline"
+    return Answers(labeller, SilentProgress() if inline else context.progress)
