@@ -81,10 +81,18 @@ def _comparison(
         samples[row["first_id"]].tokens,
         samples[row["second_id"]].tokens,
         swapped=is_swapped(row) if len(order_ps) == 1 else None,
+        votes=_by_order(row),
         prompt_id=row["prompt_id"],
         first_id=row["first_id"],
         second_id=row["second_id"],
     )
+
+
+def _by_order(row: Row) -> tuple[tuple[float | None, ...], ...]:
+    """The votes of each order, where they are several."""
+    votes = tuple(row["vote_ps"])
+    size = len(votes) // (row["orders"] or 1)
+    return tuple(votes[start : start + size] for start in range(0, len(votes), size or 1))
 
 
 def _score_pairs(labels: Sequence[Row], samples: Mapping[str, Shown], scale: float) -> list[Judged]:

@@ -58,6 +58,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "orders": "int64",
         "raws": "strings",
         "order_ps": "doubles",
+        "vote_ps": "doubles",
     },
     "checks": {
         "part": "string",
@@ -73,6 +74,7 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "orders": "int64",
         "raws": "strings",
         "order_ps": "doubles",
+        "vote_ps": "doubles",
     },
     "pairs": {
         "pair_id": "string",

@@ -355,7 +355,7 @@ def _label(
     prompt_id: str, first: str, *, score: Score | None = None, comparison: Comparison | None = None
 ) -> Row:
     row: Row = {"prompt_id": prompt_id, "first_id": first, "second_id": None, "score": None}
-    row |= {"p": None, "reason": None, "orders": 0, "raws": [], "order_ps": []}
+    row |= {"p": None, "reason": None, "orders": 0, "raws": [], "order_ps": [], "vote_ps": []}
     if score is not None:
         return row | {"score": score.value, "reason": score.reason}
     assert comparison is not None

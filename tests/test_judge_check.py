@@ -18,10 +18,12 @@ from unsound_judges import CONSTANT, quality
 
 from online_dpo.alarms import judge_alarms, latest
 from online_dpo.config import AlarmsConfig
+from online_dpo.config_file import config_from_dict
 from online_dpo.files import read_json
 from online_dpo.judge_figures import Judged, figures
 from online_dpo.judge_health import Shown, label_figures
 from online_dpo.report.build import render
+from online_dpo.stages.judge_questions import chosen_gold
 from online_dpo.store import RunDir, read_lines
 from online_dpo.tables import read_table
 from online_dpo.views import Campaign
@@ -231,11 +233,40 @@ def asked(server: JudgeServer, words: str) -> list[Request]:
     return [request for request in server.requests if words in json.dumps(request)]
 
 
+@pytest.mark.parametrize(
+    ("gold", "said"), [("no.jsonl", "'no.jsonl' does not exist"), ("bad.jsonl", "no labelled comp")]
+)
+def test_a_gold_set_that_is_none_ends_a_start(tmp_path: Path, gold: str, said: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "first": "a", "second": "b"}\n')
+    config = tiny_config(tmp_path / "run")
+    config["judge"] |= {"gold": gold}
+    code, output = run_config(tmp_path, config)
+    assert code == 2 and said in printed(output, "error"), output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shipped_set_is_gold_of_which_a_seed_draws_a_part(tmp_path: Path) -> None:
+    def drawn(**campaign: int) -> list[str]:
+        config = tiny_config(tmp_path / "run", campaign=campaign)
+        config["judge"] |= {"gold": "judge_check.jsonl", "gold_pairs": 10}
+        return [row.prompt.id for row in chosen_gold(config_from_dict(config).config)]
+
+    assert len(drawn()) == 10 and drawn() == drawn()
+    assert drawn() != drawn(seed=1)
+
+
 # --- figures and alarms by hand
 
 
 def score_row(id: str, score: float | None, reason: str | None = None) -> dict[str, Any]:
-    row = {"prompt_id": "p", "first_id": id, "second_id": None, "p": None, "order_ps": []}
+    row = {
+        "prompt_id": "p",
+        "first_id": id,
+        "second_id": None,
+        "p": None,
+        "order_ps": [],
+        "vote_ps": [],
+    }
     return row | {"score": score, "reason": reason}
 
 
@@ -258,6 +289,20 @@ def test_figures_of_scores_by_hand() -> None:
     assert labels["prefers_longer"]["count"] == 3
     for absent in ("agreement", "order_conflicts", "prefers_first", "accuracy", "intransitive"):
         assert labels[absent] is None
+
+
+def test_votes_that_differ_are_unstable() -> None:
+    """Of two orders of three votes one is of one mind, in the other 1 of 3 pairs of votes is."""
+    row = {
+        "prompt_id": "p", "first_id": "a", "second_id": "b", "score": None, "p": 0.8,
+        "reason": None, "orders": 2, "order_ps": [0.9, 0.7],
+        "vote_ps": [0.9, 0.9, 0.9, 0.8, 0.6, None],
+    }  # fmt: skip
+    samples = {"a": Shown("one", "eos", 1), "b": Shown("two", "eos", 2)}
+    found = label_figures([row], samples, kind="compare", scale=1.0, is_swapped=lambda row: None)
+    stability = found["labels"]["repeat_stability"]
+    assert stability == {"value": pytest.approx((1 + 1 / 3) / 2), "count": 2}
+    assert found["labels"]["agreement"]["value"] == 1.0
 
 
 def check_of(**labels: Any) -> dict[str, Any]:
