@@ -20,7 +20,7 @@ def stopped(tmp_path: Path) -> RunDir:
     run = RunDir(make_run(tmp_path / "run", rounds=3, finished=2))
     third = run.round(3)
     if not third.has("pairs"):
-        for name in ("labels/part-00000", "pairs"):
+        for name in ("labels/part-00000", "judge_check", "pairs"):
             with third.commit(name, inputs={}) as draft:
                 (draft.path / "x").write_text("x")
     return run
@@ -73,7 +73,7 @@ def test_what_round_0_rests_on_never_changes(stopped: RunDir, key: str) -> None:
     ("key", "given_up"),
     [
         ("pairs.min_margin", ["pairs"]),
-        ("judge.name", ["labels", "pairs"]),
+        ("judge.name", ["labels", "judge_check", "pairs"]),
         ("train.beta", ["round.json"]),
         ("reference.promote", ["round.json"]),
         ("sampling.n", [""]),

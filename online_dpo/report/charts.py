@@ -87,7 +87,7 @@ def judge_charts(rounds: Sequence[RoundView]) -> list[Chart]:
                 Series("abstained", _judged(rounds, "labels", "abstained")),
                 Series("in conflict", _judged(rounds, "labels", "order_conflicts")),
             ],
-            note="In conflict: of the pairs asked about in both orders, opposite ones.",
+            note="Of each round's labels, before it trained on them.",
             write=percent,
             bounds=(0.0, 1.0),
         ),

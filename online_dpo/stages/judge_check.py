@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class _Labelled:
+class _Collected:
     """A round's labels, what judges saw of its responses, and the responses to some prompts."""
 
     labels: list[Row] = field(default_factory=list)
@@ -55,17 +55,17 @@ def check_judge(context: Context) -> None:
         return
     labeller = context.make_labeller(False)
     prompts = probed_prompts(context, labeller)
-    round_ = _read(context, set(prompts))
+    collected = _read(context, set(prompts))
     figures = label_figures(
-        round_.labels,
-        round_.samples,
+        collected.labels,
+        collected.samples,
         kind=labeller.kind,
         scale=context.config.judge.scale,
         is_swapped=lambda row: _is_swapped(context, labeller, row),
     )
     gold = chosen_gold(context.config)
     on_gold = ask_gold(context, labeller, gold)
-    probes = make_probes(context, labeller, [round_.probed[i] for i in prompts])
+    probes = make_probes(context, labeller, [collected.probed[i] for i in prompts])
     on_probes = ask_probes(context, labeller, probes)
     metrics = {
         "kind": labeller.kind,
@@ -83,7 +83,7 @@ def heed_alarms(context: Context) -> None:
 
     Raises StoppedError where the config has one of them stop the campaign.
     """
-    figures = read_json(context.round.artifact(CHECK) / "metrics.json")
+    figures = read_json(context.round.verify(CHECK) / "metrics.json")
     number = context.round.number
     alarms = judge_alarms(figures, context.config.alarms, round=number)
     for alarm in alarms:
@@ -95,9 +95,9 @@ def heed_alarms(context: Context) -> None:
         raise StoppedError(f"{told} Nothing has been trained on the labels of this round.")
 
 
-def _read(context: Context, probed: set[str]) -> _Labelled:
+def _read(context: Context, probed: set[str]) -> _Collected:
     """A round's labels with their responses, shard by shard."""
-    found = _Labelled()
+    found = _Collected()
     for shard in shard_names(context):
         labels = shard.replace("samples/", "labels/")
         found.labels += read_table(context.round.verify(labels) / "labels.parquet")
