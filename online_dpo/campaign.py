@@ -226,12 +226,12 @@ def _add_ways_on(error: CampaignError | SignalError, folder: RunDir, config: Con
 
 
 def _check_ledger(folder: RunDir) -> None:
-    """The labels' manifests name the ledger that they rest on; it must still begin so."""
+    """Labels and checks of the judge name the ledger that they rest on; it must still begin so."""
     named = [
         manifest["ledger"]
         for round_dir in folder.rounds()
-        for name in round_dir.children("labels")
-        if "ledger" in (manifest := round_dir.manifest(name))
+        for name in (*round_dir.children("labels"), "judge_check")
+        if round_dir.has(name) and "ledger" in (manifest := round_dir.manifest(name))
     ]
     last = max(named, key=lambda facts: int(facts["rows"]), default=None)
     rests_on = () if last is None else (int(last["rows"]), str(last["sha256"]))

@@ -41,6 +41,9 @@ CALLING = (
 )
 """Settings of judges that call an API."""
 
+DEFAULT_PROBES = 32
+"""Of a judge whose answers cost neither money nor anybody's time."""
+
 _FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
 
@@ -122,6 +125,7 @@ def of_judge(
                 f"them; {section}.options.per_item is how many are asked. Leave {section}.{field} "
                 "out"
             )
+    yield from _checks(config, section, mode)
     if mode == "people" and is_given(config, "timeout_s"):
         yield f"{section}.timeout_s: people take their time. Leave {section}.timeout_s out"
     if mode in ("inline", "own_model") and is_given(config, "timeout_s"):
@@ -130,6 +134,33 @@ def of_judge(
             f"{section}.timeout_s: {name!r} {how}, without a deadline. Leave "
             f"{section}.timeout_s out"
         )
+
+
+def _checks(config: JudgeConfig, section: str, mode: str) -> Iterator[str]:
+    """What is asked of a judge beside labels, to see how good it is."""
+    if mode == "people":
+        own = "judge.options.gold and judge.options.repeats measure annotators"
+        for field in ("gold", "gold_pairs", "probes", "constant"):
+            if is_given(config, field):
+                yield f"{section}.{field}: {own}. Leave {section}.{field} out"
+    if is_given(config, "gold_pairs") and config.gold is None:
+        yield (
+            f"{section}.gold_pairs is how many of the comparisons of {section}.gold are asked "
+            "about, which is not set; give both or neither"
+        )
+    if is_given(config, "constant") and not num_probes(config, mode):
+        yield (
+            f"{section}.constant is set against the policy's responses {section}.probes times a "
+            f"round, and that is 0{'' if config.probes == 0 else ' for a judge that makes calls'}; "
+            f"set {section}.probes, or leave {section}.constant out"
+        )
+
+
+def num_probes(config: JudgeConfig, mode: str) -> int:
+    """How often a round probes a judge of this mode with a constant response."""
+    if config.probes is not None:
+        return config.probes
+    return 0 if mode in ("async", "people") else DEFAULT_PROBES
 
 
 def with_judges(
@@ -281,6 +312,9 @@ def _evaluation_judge(config: Config) -> Iterator[str]:
         "comparisons": "an evaluation compares each answer with policy 0's and the previous one's",
         "schedule": "an evaluation compares each answer with policy 0's and the previous one's",
         "scale": "an evaluation counts wins, and no p is made of its scores",
+        **dict.fromkeys(
+            ("gold", "gold_pairs", "probes", "constant"), "the judge that labels is checked"
+        ),
     }
     for field, reason in reasons.items():
         if is_given(judge, field):

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from online_dpo.alarms import Action, AlarmName
 from online_dpo.asking.comparison_schedules import ScheduleName
 from online_dpo.clashes import in_config
 from online_dpo.loss_rules import (
@@ -312,6 +313,16 @@ class JudgeConfig(Section):
     """Answers from which on that share counts."""
     reuse_from: list[str] = []
     """Run directories whose ledgers answer identical calls; they are only read."""
+    gold: Annotated[str, _NOT_EMPTY] | None = None
+    """A .jsonl or .parquet file or dataset name with labelled comparisons, as `online-dpo judge
+    check` reads them, that every round asks this judge about."""
+    gold_pairs: Count = 100
+    """Most of them that are asked about, drawn by seed, the same in every round."""
+    probes: Annotated[int, Field(ge=0)] | None = None
+    """How often a round sets `constant` against a response of the policy; None is 32 where the
+    judge makes no calls, and 0 where it does or is people."""
+    constant: Annotated[str, _NOT_EMPTY] = "I'm not sure, but I hope this helps."
+    """A response to every prompt that a sound judge does not prefer to an answer."""
 
     @model_validator(mode="after")
     def _one_way_of_sending(self) -> JudgeConfig:
@@ -607,6 +618,24 @@ class EvaluationConfig(Section):
     """Prompts shown with the answers of policy 0 and of the last policy."""
 
 
+class AlarmsConfig(Section):
+    """Which figures of a round raise an alarm, and what it does. A share of 1 never does."""
+
+    order_conflicts: Share = 0.4
+    """Alarm above this share of pairs whose two orders prefer different responses."""
+    invalid: Share = 0.05
+    """Alarm above this share of verdicts that could not be read."""
+    prefers_longer: Share = 0.7
+    """Alarm above this share of decided pairs won by the longer response."""
+    constant_wins: Share = 0.5
+    """Alarm above this share of judge.probes won by judge.constant, ties half."""
+    min_count: Count = 20
+    """Observations without which a share is no ground for an alarm."""
+    actions: dict[AlarmName, Action] = {}
+    """What an alarm does, by its name: warn, or stop, which ends the campaign with exit code 12
+    before the round trains; warn where none is given."""
+
+
 class ComputeConfig(Section):
     """Where the work runs."""
 
@@ -662,6 +691,8 @@ class Config(Section):
     """When the reference changes."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured between rounds."""
+    alarms: AlarmsConfig = AlarmsConfig()
+    """Which figures raise an alarm."""
     compute: ComputeConfig = ComputeConfig()
     """Where the work runs."""
     campaign: CampaignConfig = CampaignConfig()

@@ -284,6 +284,8 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
         judge["name"] = _resolve_code(judge["name"], base)
         if judge["name"] == PEOPLE and isinstance(gold := judge["options"].get("gold"), str):
             judge["options"]["gold"] = _resolve_table(gold, base)
+        if judge["gold"] is not None:
+            judge["gold"] = _resolve_table(judge["gold"], base)
         for member in _members(judge["options"]):
             member["name"] = _resolve_code(member["name"], base)
         judge["reuse_from"] = [_resolve_run(run, base) for run in judge["reuse_from"]]

@@ -24,6 +24,7 @@ OPERATIONAL = (
     *(f"judge.{field}" for field in ASKING),
     *(f"evaluation.judge.{field}" for field in ASKING),
     "evaluation.examples",
+    "alarms",
     "campaign.name",
     "campaign.rounds",
     "campaign.retention",
@@ -67,6 +68,10 @@ WHO_LABELS = (
 )
 """Settings of the judge `human`, accepted while a round waits: somebody falls ill, and the labels
 that are made stay as they are."""
+
+CHECKS = ("judge.gold", "judge.gold_pairs", "judge.probes", "judge.constant")
+"""Settings of what a judge is asked to see how good it is, accepted within a round too: one whose
+judge_check/ is made keeps it."""
 
 FROZEN = (
     "model",
@@ -187,7 +192,8 @@ def _is_among(key: str, names: Sequence[str]) -> bool:
 
 def _is_late(round_dir: RoundDir, key: str) -> bool:
     """Whether an unfinished round has committed something that a setting had a part in."""
-    if round_dir.finished or round_dir.number == 0 or _is_among(key, (*ROUNDING, *WHO_LABELS)):
+    free = (*ROUNDING, *WHO_LABELS, *CHECKS)
+    if round_dir.finished or round_dir.number == 0 or _is_among(key, free):
         return False
     section = key.split(".")[0]
     if key in PLANNED or section not in _ARTIFACTS:

@@ -17,6 +17,7 @@ from online_dpo.errors import (
     JudgeError,
     NoPairsError,
     SignalError,
+    StoppedError,
     WaitingError,
 )
 from online_dpo.store import RoundDir, RunDir
@@ -26,6 +27,7 @@ ARTIFACTS = (
     "samples",
     "scores",
     "labels",
+    "judge_check",
     "pairs",
     "unpaired",
     "reference",
@@ -68,6 +70,8 @@ def remedy_for(error: CampaignError | SignalError, folder: RunDir, config: Confi
         return f"{resume} {_raised_limit(error, config)}"
     if isinstance(error, JudgeError) and (field := _invalid_share(error)) is not None:
         return f"{resume} --set {field}=1"
+    if isinstance(error, StoppedError):
+        return f"{resume} {_only_warned(error)}"
     if isinstance(error, NoPairsError):
         return _for_more_pairs(error, last, config, resume)
     if isinstance(error, DivergedError):
@@ -130,6 +134,12 @@ def _invalid_share(error: JudgeError) -> str | None:
     """The setting that stopped a round for its share of invalid replies, where one did."""
     found = re.search(r"(?:evaluation\.)?judge\.max_invalid\b", error.message)
     return None if found is None else found[0]
+
+
+def _only_warned(error: StoppedError) -> str:
+    """The settings that have the alarms that stopped a campaign only warn from now on."""
+    fields = dict.fromkeys(re.findall(r"alarms\.actions\.\w+", error.message))
+    return " ".join(f"--set {field}=warn" for field in fields)
 
 
 def _for_more_pairs(error: NoPairsError, last: RoundDir, config: Config, resume: str) -> str:

@@ -31,6 +31,8 @@ from online_dpo.stages.context import (
 )
 from online_dpo.stages.evaluate import evaluate
 from online_dpo.stages.implicit_rewards import ready_shards
+from online_dpo.stages.judge_check import check_judge, heed_alarms
+from online_dpo.stages.judge_questions import chosen_gold
 from online_dpo.stages.label import Labelling
 from online_dpo.stages.origin import check_pool, make_origin
 from online_dpo.stages.own_models import RoundModels
@@ -68,6 +70,7 @@ class Loop:
         if self._folder.round(self._config.campaign.rounds).finished:
             return
         find_selector(self._config.pairs.selector)
+        chosen_gold(self._config)
         judges = [self._labeller(evaluation, None) for evaluation in (False, True)]
         pays = any(judge.mode == "async" for judge in judges)
         compares = judges[0].kind == "compare"
@@ -131,6 +134,9 @@ class Loop:
             with Labelling(context, total=total) as labelling:
                 for shard in ready_shards(context):
                     labelling.submit(shard)
+            with context.working("label"):
+                check_judge(context)
+            heed_alarms(context)
         with context.working("pair"):
             pair(context)
         train(context)

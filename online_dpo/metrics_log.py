@@ -13,7 +13,7 @@ def metric_rows(round_dir: RoundDir) -> list[dict[str, Any]]:
     """A round's metrics as its stages committed them: a row a stage, and one an optimizer step."""
     rows: list[dict[str, Any]] = []
     shards = [*round_dir.children("samples"), *round_dir.children("labels")]
-    for name in [*shards, "pairs", "unpaired", "training", "evaluation"]:
+    for name in [*shards, "judge_check", "pairs", "unpaired", "training", "evaluation"]:
         if round_dir.has(name):
             metrics = read_json(round_dir.path / name / "metrics.json")
             rows.append({"round": round_dir.number, "stage": name, **metrics})

@@ -19,7 +19,7 @@ from online_dpo.asking.judge_forms import (
 )
 from online_dpo.asking.judge_worker import JudgeProcess
 from online_dpo.asking.members import most_demanding, paying_like
-from online_dpo.clashes import PEOPLE, of_judge, with_judges
+from online_dpo.clashes import PEOPLE, num_probes, of_judge, with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
@@ -28,6 +28,7 @@ from online_dpo.loss_rules import describe_loss
 from online_dpo.paid.prices import also_priced, is_priced
 from online_dpo.plugins import resolve
 from online_dpo.resources import find_data
+from online_dpo.stages.judge_questions import chosen_gold
 from online_dpo.stages.pair import find_selector
 
 
@@ -60,6 +61,7 @@ def check_config(config: Config) -> Plan:
         if path.endswith((".jsonl", ".parquet", ".json")):
             find_data(path)
     find_selector(config.pairs.selector)
+    chosen_gold(config)
     env = hiding_gpus(config.compute.device)
     judges = [_checked_judge(config.judge, "judge", env)]
     if config.evaluation.judge is not None:
@@ -67,7 +69,7 @@ def check_config(config: Config) -> Plan:
     pays = any(judge.mode == "async" for judge in judges)
     _refuse(with_judges(config, pays, judges[0].compares, also_priced=also_priced(config)))
     runs_on, here = _machine(config)
-    return Plan(_describe(config, judges[0].compares, runs_on), here)
+    return Plan(_describe(config, judges[0], runs_on), here)
 
 
 def _refuse(problems: Iterator[str]) -> None:
@@ -85,18 +87,20 @@ def _machine(config: Config) -> tuple[str, str]:
     return f"{'GPU' if crew.gpu else 'CPU'}, sampler {crew.sampler_kind}, {processes}", ""
 
 
-def _describe(config: Config, compares: bool, runs_on: str) -> str:
+def _describe(config: Config, judge: _Judge, runs_on: str) -> str:
     """Rounds, samples, labels and where they run, in a few lines."""
     campaign, sampling = config.campaign, config.sampling
     samples = campaign.prompts_per_round * sampling.n
-    asked = _num_questions(config, compares)
+    asked = _num_questions(config, judge.compares)
+    checks = _num_checks(config, judge)
     every = config.evaluation.every
     return "\n".join(
         (
             f"rounds        {campaign.rounds}, reference: {_promotion(config)}",
             f"a round       {campaign.prompts_per_round} prompts x {sampling.n} responses = "
             f"{samples} samples of at most {sampling.max_new_tokens} tokens",
-            f"judge         {config.judge.name}; at most {asked} a round",
+            f"judge         {config.judge.name}; at most {asked} a round"
+            f"{f', and {checks} to check it' if checks else ''}",
             f"training      {describe_loss(config.train.loss)}, beta {config.train.beta}, "
             f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step"
             f"{_adapter(config)}",
@@ -121,6 +125,15 @@ def _num_questions(config: Config, compares: bool) -> str:
     if judge.name == PEOPLE:
         return f"{prompts * pairs * judge.options.get('per_item', 1)} comparisons by people"
     return f"{prompts * pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
+
+
+def _num_checks(config: Config, judge: _Judge) -> int:
+    """How often a round asks about the gold set and the constant response at most."""
+    settings, gold = config.judge, len(chosen_gold(config))
+    probes = num_probes(settings, judge.mode)
+    if judge.compares:
+        return (gold + probes) * (2 if settings.orders == "both" else 1) * settings.votes
+    return (2 * gold + min(probes, config.campaign.prompts_per_round)) * settings.votes
 
 
 def _adapter(config: Config) -> str:

@@ -105,7 +105,8 @@ class Comparison:
     """The combined verdict on two responses of one prompt; `orders` counts the orders asked.
 
     `raws` keeps the judge's own words, in the order in which it was asked. `order_ps` has each
-    order's own p, the responses as given first; both are p that `first_id` is better.
+    order's own p, the responses as given first. `vote_ps` has that of each vote, order by order and
+    None for no verdict, where an order had several. All are p that `first_id` is better.
     """
 
     prompt_id: str
@@ -116,6 +117,7 @@ class Comparison:
     orders: int = 1
     raws: tuple[str, ...] = ()
     order_ps: tuple[float, ...] = ()
+    vote_ps: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

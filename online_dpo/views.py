@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.alarms import Alarm, judge_alarms
 from online_dpo.annotation.board import Board
 from online_dpo.annotation.options import people_options
 from online_dpo.clashes import PEOPLE
@@ -48,6 +49,10 @@ class RoundView:
     why: str | None
     training: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    judge: dict[str, Any] | None
+    """How sound the judge's verdicts are, on the labels, a gold set and a constant response."""
+    alarms: list[Alarm]
+    """Which of these figures are above the thresholds that the config has now."""
     wall_s: float | None
     busy_s: dict[str, float]
     """Seconds of sampling, labelling, training and so on."""
@@ -91,8 +96,8 @@ class Campaign:
 
     def rounds(self) -> list[RoundView]:
         """Every round that has begun, round 0 first."""
-        timings = _timings(self._run)
-        return [_view(r, timings.get(r.number, {})) for r in self._run.rounds()]
+        timings, config = _timings(self._run), self.config
+        return [_view(r, timings.get(r.number, {}), config) for r in self._run.rounds()]
 
     def status(self) -> dict[str, Any]:
         """All of the above as plain JSON types."""
@@ -209,12 +214,13 @@ def _facts(number: int, row: dict[str, Any], keys: Sequence[str]) -> dict[str, A
     return {"round": number, **{key: row[key] for key in keys}}
 
 
-def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
+def _view(directory: RoundDir, timing: dict[str, Any], config: Config) -> RoundView:
     manifest = directory.manifest() if directory.finished else {}
     plan = directory.plan() if directory.planned and directory.number else None
     made = _metrics(directory, "pairs") or _metrics(directory, "unpaired") or {}
     shards = directory.children("samples")
     policy = manifest.get("policy")
+    judge, number = _metrics(directory, "judge_check"), directory.number
     return RoundView(
         round=directory.number,
         stage="done" if manifest else _stage(directory),
@@ -230,6 +236,8 @@ def _view(directory: RoundDir, timing: dict[str, Any]) -> RoundView:
         why=manifest.get("why"),
         training=_metrics(directory, "training"),
         evaluation=_metrics(directory, "evaluation"),
+        judge=judge,
+        alarms=[] if judge is None else judge_alarms(judge, config.alarms, round=number),
         wall_s=timing.get("wall_s"),
         busy_s=timing.get("busy_s", {}),
         fixed_s=timing.get("fixed_s"),
@@ -280,6 +288,8 @@ def source_views(view: RoundView) -> dict[str, RoundView]:
     """A round's evaluation on the prompts of each source, as views with nothing else in them."""
     sources = (view.evaluation or {}).get("by_source", {})
     return {
-        name: replace(view, evaluation=figures, training=None, pairs=0, unpaired=0)
+        name: replace(
+            view, evaluation=figures, training=None, judge=None, alarms=[], pairs=0, unpaired=0
+        )
         for name, figures in sources.items()
     }

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config_file import config_from_dict, dump_yaml
-from online_dpo.metrics import Drift, evaluation_figures, win
+from online_dpo.judge_health import Shown, label_figures
+from online_dpo.metrics import Drift, evaluation_figures, wilson, win
 from online_dpo.pairing import Judged, best_worst, make_pairs
 from online_dpo.records import Comparison, Message, ModelRef, Prompt, Response, RoundPlan, Score
 from online_dpo.records import to_dict as plain
 from online_dpo.store import RoundDir, RunDir
-from online_dpo.tables import prompt_row, write_table
+from online_dpo.tables import prompt_row, read_table, responses_by_prompt, write_table
 
 Row = dict[str, Any]
 
@@ -133,6 +134,7 @@ class _Maker:
         round_dir = self.begin(number)
         plan = round_dir.plan()
         judged, labels = self._label(round_dir)
+        self._check_judge(round_dir)
         pairing = make_pairs(
             judged, best_worst, round_number=number, seed=number, scale=1.0, min_margin=0.0,
             max_per_prompt=None,
@@ -203,8 +205,6 @@ class _Maker:
         return made
 
     def _label(self, round_dir: RoundDir) -> tuple[list[Judged], str]:
-        from online_dpo.tables import read_table, responses_by_prompt
-
         table = read_table(round_dir.path / "samples" / "part-00000" / "samples.parquet")
         by_id = {p.id: p for p in self.train}
         judged, rows = [], []
@@ -227,6 +227,27 @@ class _Maker:
             _json(draft.path / "metrics.json", {**counts, "invalid": {"no final answer": invalid}})
             draft.facts = {"judge": {"name": "heuristic"}, "kind": self.judge}
         return judged, round_dir.manifest("labels/part-00000")["sha256"]
+
+    def _check_judge(self, round_dir: RoundDir) -> None:
+        """The figures of the round's labels; on a gold set the judge gets worse."""
+        samples = read_table(round_dir.path / "samples/part-00000/samples.parquet")
+        shown = {
+            r["id"]: Shown(r["text"], r["finish_reason"], len(r["token_ids"])) for r in samples
+        }
+        labels = read_table(round_dir.path / "labels/part-00000/labels.parquet")
+        figures = label_figures(
+            labels,
+            shown,
+            kind="score" if self.judge == "score" else "compare",
+            scale=1.0,
+            is_swapped=lambda row: None,
+        )
+        right, won = (wilson([1.0] * n + [0.0] * (24 - n)) for n in (22 - round_dir.number, 3))
+        assert right is not None and won is not None
+        gold = {"accuracy": asdict(right), "kappa": 0.8 - 0.08 * round_dir.number}
+        with round_dir.commit("judge_check", inputs={}) as draft:
+            found = {"kind": self.judge, **figures, "gold": gold, "constant": asdict(won)}
+            _json(draft.path / "metrics.json", found)
 
     def _training(self, round_dir: RoundDir, steps: Sequence[Row]) -> None:
         with round_dir.commit("training", inputs={}) as draft:
@@ -334,7 +355,7 @@ def _label(
     prompt_id: str, first: str, *, score: Score | None = None, comparison: Comparison | None = None
 ) -> Row:
     row: Row = {"prompt_id": prompt_id, "first_id": first, "second_id": None, "score": None}
-    row |= {"p": None, "reason": None, "orders": 0, "raws": [], "order_ps": []}
+    row |= {"p": None, "reason": None, "orders": 0, "raws": [], "order_ps": [], "vote_ps": []}
     if score is not None:
         return row | {"score": score.value, "reason": score.reason}
     assert comparison is not None

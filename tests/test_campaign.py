@@ -64,6 +64,7 @@ def test_every_round_commits_its_artifacts(finished: Path) -> None:
         "samples/part-00001",
         "labels/part-00000",
         "labels/part-00001",
+        "judge_check",
         "pairs",
         "reference",
         "training",

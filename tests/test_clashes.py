@@ -54,6 +54,7 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"sampling": {"engine": {"dtype": "auto"}}}, "engine.dtype is one of float32"),
         ({"evaluation": {"judge": PAIRWISE}}, "evaluation.judge.comparisons: an evaluation"),
         ({"evaluation": {"judge": {"name": "j", "scale": 2}}}, "evaluation.judge.scale: an"),
+        ({"evaluation": {"judge": {"name": "j", "probes": 2}}}, "evaluation.judge.probes: the"),
         ({"train": {"num_processes": 2, "launch": {"num_processes": 4}}}, "train.launch.num_p"),
         ({"train": {"num_processes": 2, "launch": {"mixed_precision": "bf16"}}}, "mixed_precision"),
         ({"train": {"num_processes": 2, "devices": [0]}}, "train.devices names 1 GPUs"),
@@ -160,6 +161,11 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
         ({"concurrency": 2}, True, "worker", "judge.concurrency is for judges that call an API"),
         ({"retries": 0}, False, "inline", "judge.retries is for judges that call an API"),
         ({"timeout_s": 2.0}, False, "inline", "judge.timeout_s: 'j' is called directly"),
+        ({"gold": "g.jsonl"}, True, "people", "judge.gold: judge.options.gold and"),
+        ({"probes": 3}, False, "people", "judge.probes: judge.options.gold and"),
+        ({"gold_pairs": 3}, False, "inline", "comparisons of judge.gold are asked about, which is"),
+        ({"constant": "Yes."}, True, "async", "that is 0 for a judge that makes calls; set"),
+        ({"constant": "Yes.", "probes": 0}, True, "inline", "that is 0; set judge.probes, or"),
     ],
 )
 def test_what_a_judge_does_not_read_is_refused(

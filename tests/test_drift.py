@@ -20,7 +20,7 @@ def stopped(tmp_path: Path) -> RunDir:
     run = RunDir(make_run(tmp_path / "run", rounds=3, finished=2))
     third = run.round(3)
     if not third.has("pairs"):
-        for name in ("labels/part-00000", "pairs"):
+        for name in ("labels/part-00000", "judge_check", "pairs"):
             with third.commit(name, inputs={}) as draft:
                 (draft.path / "x").write_text("x")
     return run
@@ -34,6 +34,7 @@ def test_operational_settings_change_freely(stopped: RunDir) -> None:
     check(stopped, "judge.budget.max_usd", accept=False)
     check(stopped, "campaign.rounds", 5, accept=False)
     check(stopped, "evaluation.examples", accept=False)
+    check(stopped, "alarms.actions.invalid", "stop", accept=False)
     check(stopped, "sampling.endpoints.0.url", accept=False)
 
 
@@ -44,7 +45,12 @@ def test_a_campaign_does_not_become_shorter_than_it_is(stopped: RunDir) -> None:
 
 def test_how_things_are_computed_changes_within_a_round_when_accepted(stopped: RunDir) -> None:
     """Memory has run out half-way: the samples and labels that are there are not given up."""
-    for key in ("train.micro_batch_tokens", "train.gradient_checkpointing", "sampling.engine.seed"):
+    for key in (
+        "train.micro_batch_tokens",
+        "train.gradient_checkpointing",
+        "sampling.engine.seed",
+        "judge.gold",
+    ):
         with pytest.raises(DriftError, match="still to be done"):
             check(stopped, key, accept=False)
         check(stopped, key)
@@ -67,7 +73,7 @@ def test_what_round_0_rests_on_never_changes(stopped: RunDir, key: str) -> None:
     ("key", "given_up"),
     [
         ("pairs.min_margin", ["pairs"]),
-        ("judge.name", ["labels", "pairs"]),
+        ("judge.name", ["labels", "judge_check", "pairs"]),
         ("train.beta", ["round.json"]),
         ("reference.promote", ["round.json"]),
         ("sampling.n", [""]),

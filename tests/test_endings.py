@@ -45,7 +45,8 @@ def test_a_diverged_round_trains_again_on_its_pairs(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", train={"learning_rate": 1e30}, campaign={"rounds": 1})
     code, output = run_config(tmp_path, config)
     assert code == 7, output
-    assert "of round 1: samples (2 parts), labels (2 parts), pairs" in printed(output, "safe")
+    safe = "of round 1: samples (2 parts), labels (2 parts), judge_check, pairs"
+    assert safe in printed(output, "safe")
     pairs = tmp_path / "run/rounds/001/pairs/pairs.parquet"
     before = (pairs.read_bytes(), pairs.stat().st_mtime_ns)
     remedy = printed(output, "to go on").replace("=5e+29", "=1e-3")

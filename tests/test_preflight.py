@@ -57,7 +57,10 @@ def test_questions_are_counted_by_what_the_judge_does() -> None:
     best = {**LLM, "schedule": "knockout"}
     assert "at most 220 comparisons a round" in check_config(config(best)).text  # 10 x 11 x 2
     answers = {"name": "final_answer", "votes": 2}
-    assert "at most 160 scores a round" in check_config(config(answers)).text
+    # 32 probes find 10 prompts, on each of which the constant response is scored once.
+    assert "at most 160 scores a round, and 20 to check it" in check_config(config(answers)).text
+    probed = check_config(config({**llm, "probes": 5})).text
+    assert "at most 120 comparisons a round, and 30 to check it" in probed  # 5 x 2 x 3
 
 
 @pytest.mark.parametrize(

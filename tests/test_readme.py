@@ -48,9 +48,6 @@ PAGES = [README, *sorted(DOCS.glob("*.md"))]
 WRITTEN = [page for page in PAGES if page.name != "design.md"]
 """The pages whose every word describes this version; design.md is the plan."""
 
-RESERVED = {12}
-"""Exit codes that no command gives yet."""
-
 NEED_FILES = {"reward_model", "replay"}
 """Judges that can only be made where a model or a record is."""
 
@@ -295,17 +292,11 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_the_exit_codes_are_the_errors() -> None:
     listed = {int(code) for row in table(README, "Exit code") for code in row[0].split(",")}
     known = {error.exit_code for error in BY_NAME.values()}
-    assert listed == (known | {0, 130, 143}) - RESERVED
+    assert listed == known | {0, 130, 143}
     explained = {
         int(code) for row in table(DOCS / "resume.md", "Code") for code in row[0].split(",")
     }
     assert explained == listed - {0}
-
-
-def test_reserved_exit_codes_are_raised_nowhere() -> None:
-    names = [name for name, error in BY_NAME.items() if error.exit_code in RESERVED]
-    code = [path for path in (REPO / "online_dpo").rglob("*.py") if path.name != "errors.py"]
-    assert not [p for p in code if any(f"raise {name}" in p.read_text() for name in names)]
 
 
 # --- links, configs, references ----------------------------------------------------------------
@@ -367,7 +358,7 @@ def test_the_settings_that_may_change_at_any_time_are_listed() -> None:
     (line,) = re.findall(
         r"^- \*\*At any time:\*\* (.*?)\. More", (DOCS / "resume.md").read_text(), re.M
     )
-    listed = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", line))
+    listed = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", line))
     assert listed == set(OPERATIONAL)
 
 
@@ -456,7 +447,7 @@ def test_a_judge_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_figure_is_explained(home: Path) -> None:
-    evaluation, step, training, pairs, fates, samples, labels, judge = metric_tables()
+    evaluation, step, training, pairs, fates, samples, labels, judge, check = metric_tables()
     first = home / "runs/first_person/rounds/001"
 
     def keys(name: str) -> set[str]:
@@ -472,6 +463,7 @@ def test_every_figure_is_explained(home: Path) -> None:
     assert keys("samples/part-00000/metrics.json") == samples
     assert keys("labels/part-00000/metrics.json") == labels
     assert set(figures([])) == judge
+    assert keys("judge_check/metrics.json") == check
 
 
 def metric_tables() -> list[set[str]]:

@@ -183,8 +183,8 @@ def test_a_verdict_survives_json_sqlite_and_parquet(
         database.close()
 
     table = tmp_path_factory.getbasetemp() / "verdicts.parquet"
-    columns = ("prompt_id", "prompt_source", "first_id", "second_id", "score", "orders", "order_ps")
-    row: dict[str, Any] = dict.fromkeys(columns)
+    columns = ("prompt_id", "prompt_source", "first_id", "second_id", "score", "orders")
+    row: dict[str, Any] = dict.fromkeys((*columns, "order_ps", "vote_ps"))
     row |= {"p": p, "reason": verdict.reason, "raws": [] if raw is None else [raw]}
     write_table(table, "labels", [row])
     (stored,) = read_table(table)

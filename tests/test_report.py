@@ -135,7 +135,7 @@ def test_counts_times_and_provenance_are_there(run: Path, page: Page) -> None:
 
 
 def test_curves_have_axes_intervals_and_words(page: Page) -> None:
-    assert page.count("svg", role="img") == 10
+    assert page.count("svg", role="img") == 13
     assert page.count("polygon", class_="band") == 4
     assert page.text.count("round 3: ") >= 5
     for label in (

@@ -354,7 +354,7 @@ def views(*figures: dict[str, Any]) -> list[RoundView]:
         round=0, stage="done", prompts=0, samples=0, pairs=0, unpaired=0, responses={},
         no_verdict={},
         policy=None, reference=None, promoted=None, why=None, training=None, evaluation=None,
-        wall_s=None, busy_s={}, fixed_s=None,
+        judge=None, alarms=[], wall_s=None, busy_s={}, fixed_s=None,
     )  # fmt: skip
     return [
         replace(empty, round=n, evaluation={"win_rate_policy0": None, "score": None, **found})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -65,13 +65,18 @@ def compare_questions(
     """What is asked about one pair: each order and each vote; nothing about identical responses."""
     if identical(first, second):
         return []
-    drawn = bool(derive_seed(seed, round, "order", prompt.id, first.id, second.id) & 1)
+    drawn = drawn_order(prompt.id, first.id, second.id, seed=seed, round=round)
     shown = (False, True) if orders == "both" else (drawn,)
     return [
         Question(prompt, (second, first) if swapped else (first, second), vote, swapped)
         for swapped in shown
         for vote in range(votes)
     ]
+
+
+def drawn_order(prompt_id: str, first_id: str, second_id: str, *, seed: int, round: int) -> bool:
+    """Whether a pair that is asked about in one order is shown swapped."""
+    return bool(derive_seed(seed, round, "order", prompt_id, first_id, second_id) & 1)
 
 
 def combine_verdicts(
@@ -92,17 +97,21 @@ def combine_verdicts(
         return Comparison(prompt.id, first.id, second.id, 0.5, IDENTICAL, orders=0)
     orders = sorted({question.swapped for question, _ in answers})
     raws = tuple(verdict.raw for _, verdict in answers if verdict.raw is not None)
+    by_order = [
+        [v.swap() if swapped else v for q, v in answers if q.swapped == swapped]
+        for swapped in orders
+    ]
+    vote_ps = tuple(v.p for votes in by_order for v in votes if len(votes) > 1)
+    made = Comparison(prompt.id, first.id, second.id, None, None, len(orders), raws, (), vote_ps)
     means = []
-    for swapped in orders:
-        votes = [v.swap() if swapped else v for q, v in answers if q.swapped == swapped]
+    for votes in by_order:
         given = [vote.p for vote in votes if vote.p is not None]
         if not given:
-            reason = votes[0].reason or NO_VERDICT
-            return Comparison(prompt.id, first.id, second.id, None, reason, len(orders), raws)
+            return replace(made, reason=votes[0].reason or NO_VERDICT)
         means.append(_mean_p(given))
     conflict = swap == "agree" and len({_preferred(mean) for mean in means}) > 1
     p, why = (0.5, DISAGREE) if conflict else (_mean_p(means), None)
-    return Comparison(prompt.id, first.id, second.id, p, why, len(orders), raws, tuple(means))
+    return replace(made, p=p, reason=why, order_ps=tuple(means))
 
 
 def _mean_p(ps: Sequence[float]) -> float:

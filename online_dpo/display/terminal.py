@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from online_dpo.display.judge_table import alarms_of
 from online_dpo.display.lookup import Comparisons, PairView, Side, find_pair
 from online_dpo.display.terminal_tables import (
     RECENT,
     make_console,
     print_fates,
+    print_judge,
     print_rounds,
     print_sources,
     print_times,
@@ -41,6 +43,7 @@ def print_status(campaign: Campaign) -> None:
     print_rounds(console, rounds)
     print_sources(console, rounds)
     print_fates(console, rounds)
+    print_judge(console, rounds)
     print_times(console, rounds)
     _print_findings(console, rounds)
 
@@ -134,6 +137,8 @@ def _print_few_rounds(console: Console, rounds: Sequence[RoundView]) -> None:
 def _print_findings(console: Console, rounds: Sequence[RoundView]) -> None:
     console.print()
     say_folded(console, headline(rounds), "bold")
+    for alarm in alarms_of(rounds):
+        say_folded(console, f"Alarm: {alarm}", "bold yellow", indent="       ")
     for remark in remarks(rounds):
         say_folded(console, f"Note: {remark}", indent="      ")
 

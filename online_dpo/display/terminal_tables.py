@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from online_dpo.display.judge_table import judge_legend, judge_table
 from online_dpo.display.visible import visible
 from online_dpo.display.wording import (
     FATES,
@@ -119,6 +120,18 @@ def print_fates(console: Console, rounds: Sequence[RoundView]) -> None:
     for view in counted[-RECENT:]:
         for reason, count in view.no_verdict.items():
             say(console, f"round {view.round}: {count} without a verdict: {reason}")
+
+
+def print_judge(console: Console, rounds: Sequence[RoundView]) -> None:
+    """How sound the verdicts of the latest rounds are."""
+    table = judge_table(rounds)
+    if table is None:
+        return
+    titles, rows = table
+    say(console, "\nthe judge")
+    _print_table(console, titles, rows[-RECENT:])
+    console.print()
+    say_folded(console, judge_legend(titles), "dim")
 
 
 def print_times(console: Console, rounds: Sequence[RoundView]) -> None:

@@ -12,13 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from online_dpo.config_file import dump_yaml
+from online_dpo.display.judge_table import alarms_of
 from online_dpo.display.visible import visible
 from online_dpo.display.wording import headline, number, remarks, seconds
 from online_dpo.errors import ConfigError
 from online_dpo.files import disk_faults, write_atomic
 from online_dpo.loss_rules import describe_loss
 from online_dpo.report import sections
-from online_dpo.report.charts import round_charts, step_charts
+from online_dpo.report.charts import judge_charts, round_charts, step_charts
 from online_dpo.report.curves import Chart, draw
 from online_dpo.views import Campaign, RoundView
 
@@ -71,11 +72,14 @@ def _content(campaign: Campaign) -> dict[str, Any]:
         "now_at": rounds[-1] if rounds and rounds[-1].stage != "done" else None,
         "headline": headline(rounds),
         "remarks": remarks(rounds),
+        "alarms": alarms_of(rounds),
         "facts": _facts(campaign, rounds),
         "tiles": sections.tiles(rounds),
         "rounds": sections.round_grid(rounds),
         "sources": sections.source_grid(rounds),
         "charts": _drawn([*round_charts(rounds), *step_charts(_steps(campaign, rounds))]),
+        "judge": sections.judge_grid(rounds),
+        "judge_charts": _drawn(judge_charts(rounds)),
         "answers": sections.sample_answers(campaign, rounds),
         "pairs": sections.sample_pairs(campaign, rounds),
         "fates": fates[0] if fates else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from online_dpo.display.judge_table import judge_figure
 from online_dpo.display.wording import figure, number, percent
 from online_dpo.metrics import Z95
 from online_dpo.report.curves import Chart, Point, Series, thinned
@@ -75,6 +76,48 @@ def round_charts(rounds: Sequence[RoundView]) -> list[Chart]:
     ]
 
 
+def judge_charts(rounds: Sequence[RoundView]) -> list[Chart]:
+    """How sound the judge's verdicts are, over rounds."""
+    return [
+        Chart(
+            "Verdicts in doubt",
+            "share of verdicts",
+            [
+                Series("unreadable", _judged(rounds, "labels", "invalid")),
+                Series("abstained", _judged(rounds, "labels", "abstained")),
+                Series("in conflict", _judged(rounds, "labels", "order_conflicts")),
+            ],
+            note="Of each round's labels, before it trained on them.",
+            write=percent,
+            bounds=(0.0, 1.0),
+        ),
+        Chart(
+            "What wins",
+            "share won",
+            [
+                Series("the longer", _judged(rounds, "labels", "prefers_longer", "value")),
+                Series("the first shown", _judged(rounds, "labels", "prefers_first", "value")),
+                Series("a constant", _judged(rounds, "constant", "value")),
+            ],
+            note="Of decided pairs, of decided orders, and of a constant response's probes.",
+            write=percent,
+            baseline=(0.5, "no leaning"),
+            bounds=(0.0, 1.0),
+        ),
+        Chart(
+            "On the gold set",
+            "agreement with labels",
+            [
+                Series("accuracy", _judged(rounds, "gold", "accuracy", "value")),
+                Series("Cohen's kappa", _judged(rounds, "gold", "kappa")),
+            ],
+            note="The comparisons of judge.gold, the same ones in every round.",
+            write=number,
+            includes=(0.0, 1.0),
+        ),
+    ]
+
+
 def step_charts(steps: Steps) -> list[Chart]:
     """What training logged, over the optimizer steps of all rounds; the sft stage by itself."""
     trained = {n: rows for n, rows in steps.items() if n > 0 and rows}
@@ -121,6 +164,11 @@ def step_charts(steps: Steps) -> list[Chart]:
 
 def _values(measured: Sequence[RoundView], name: str) -> list[Point]:
     values = [(view.round, figure(view, name)) for view in measured]
+    return [Point(x, float(value)) for x, value in values if value is not None]
+
+
+def _judged(rounds: Sequence[RoundView], *place: str) -> list[Point]:
+    values = [(view.round, judge_figure(view, *place)) for view in rounds]
     return [Point(x, float(value)) for x, value in values if value is not None]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from online_dpo.display.judge_table import judge_legend, judge_table
 from online_dpo.display.lookup import PairView, example_pairs, spread
 from online_dpo.display.wording import (
     FATES,
@@ -176,6 +177,12 @@ def fate_grid(rounds: Sequence[RoundView]) -> tuple[Grid, list[tuple[str, str]]]
     titles = ["round", "responses", *(fate.replace("_", " ") for fate in fates), what]
     meanings = [(f.replace("_", " "), FATES[f]) for f in fates if f in FATES]
     return Grid(titles, rows), meanings
+
+
+def judge_grid(rounds: Sequence[RoundView]) -> tuple[Grid, str] | None:
+    """How sound the judge's verdicts are in every round, and what the columns mean."""
+    table = judge_table(rounds)
+    return None if table is None else (Grid(*table), judge_legend(table[0]))
 
 
 def unjudged(rounds: Sequence[RoundView]) -> list[tuple[int, str, int]]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from online_dpo.asking.members import verdict_of_scores
 from online_dpo.asking.verdicts import Question, combine_scores, combine_verdicts
+from online_dpo.judge_figures import Judged
 from online_dpo.judging import Labeller, OnShare
 from online_dpo.progress import Progress
 from online_dpo.records import Comparison, Prompt, Response, Score, Verdict
+from online_dpo.report_card.comparisons import Labelled
 
 Pair = tuple[Prompt, Response, Response]
 
@@ -41,6 +43,24 @@ class Answered:
             is_first != swapped: p if is_first else 1.0 - p
             for swapped, p in zip(orders, made.order_ps, strict=False)
         }
+
+
+def judged(row: Labelled, said: Answered) -> Judged:
+    """A labelled comparison with the judge's word on it, lengths in characters."""
+    made = said.comparison
+    return Judged(
+        order_ps=made.order_ps,
+        p=made.p,
+        reason=made.reason,
+        first_length=len(row.first.text),
+        second_length=len(row.second.text),
+        gold=row.gold,
+        swapped=said.swapped,
+        votes=said.votes,
+        prompt_id=row.prompt.id,
+        first_id=row.first.id,
+        second_id=row.second.id,
+    )
 
 
 class Answers:

@@ -14,13 +14,13 @@ from typing import Any
 from online_dpo.config import Config
 from online_dpo.errors import CampaignError
 from online_dpo.files import sha256_file, to_json
-from online_dpo.judge_figures import Judged, figures, preferred
+from online_dpo.judge_figures import figures, preferred
 from online_dpo.judging import Labeller
 from online_dpo.paid.chat import ChatReply
 from online_dpo.paid.ledger import LEDGER
 from online_dpo.progress import Progress, make_progress
 from online_dpo.records import derive_seed
-from online_dpo.report_card.answers import Answered, Answers
+from online_dpo.report_card.answers import Answered, Answers, judged
 from online_dpo.report_card.attacks import Attack, Attempt, attack_figures, make_attacks
 from online_dpo.report_card.bench import opened
 from online_dpo.report_card.comparisons import Labelled, Problem, read_comparisons
@@ -102,10 +102,10 @@ def _ask(
     against = [(attack.prompt, attack.attack, attack.better) for attack in attacks]
     withstood = list(zip(attacks, answers.on(against, purpose="attack"), strict=True))
     pairs = list(zip(labelled, answered, strict=True))
-    judged = [_judged(row, said) for row, said in pairs]
+    on_set = [judged(row, said) for row, said in pairs]
     facts = {
-        "figures": figures(judged),
-        "no_verdict": dict(Counter(pair.reason for pair in judged if pair.p is None)),
+        "figures": figures(on_set),
+        "no_verdict": dict(Counter(pair.reason for pair in on_set if pair.p is None)),
         "attacks": attack_figures(
             [
                 Attempt(
@@ -135,23 +135,6 @@ def _on_the_set(
         said = answers.on(pairs, purpose="repeat" if more else "check", more_votes=more)
         found |= zip(rows, said, strict=True)
     return [found[row] for row in range(len(labelled))]
-
-
-def _judged(row: Labelled, said: Answered) -> Judged:
-    made = said.comparison
-    return Judged(
-        order_ps=made.order_ps,
-        p=made.p,
-        reason=made.reason,
-        first_length=len(row.first.text),
-        second_length=len(row.second.text),
-        gold=row.gold,
-        swapped=said.swapped,
-        votes=said.votes,
-        prompt_id=row.prompt.id,
-        first_id=row.first.id,
-        second_id=row.second.id,
-    )
 
 
 def _is_wrong(row: Labelled, said: Answered) -> bool:

@@ -140,7 +140,7 @@ def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
     """One row a score or a comparison; an invalid one has its reason and no value."""
     prompt, responses = item
     empty: Row = {"prompt_id": prompt.id, "prompt_source": prompt.source, "second_id": None}
-    empty |= {"score": None, "p": None, "orders": 0, "raws": [], "order_ps": []}
+    empty |= {"score": None, "p": None, "orders": 0, "raws": [], "order_ps": [], "vote_ps": []}
     if labels.scores is not None:
         return [
             {**empty, "first_id": response.id, "score": score.value, "reason": score.reason}
@@ -157,6 +157,7 @@ def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:
             "orders": c.orders,
             "raws": list(c.raws),
             "order_ps": list(c.order_ps),
+            "vote_ps": list(c.vote_ps),
         }
         for c in labels.comparisons
     ]
