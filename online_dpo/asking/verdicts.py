@@ -65,13 +65,18 @@ def compare_questions(
     """What is asked about one pair: each order and each vote; nothing about identical responses."""
     if identical(first, second):
         return []
-    drawn = bool(derive_seed(seed, round, "order", prompt.id, first.id, second.id) & 1)
+    drawn = shown_swapped(prompt.id, first.id, second.id, seed=seed, round=round)
     shown = (False, True) if orders == "both" else (drawn,)
     return [
         Question(prompt, (second, first) if swapped else (first, second), vote, swapped)
         for swapped in shown
         for vote in range(votes)
     ]
+
+
+def shown_swapped(prompt_id: str, first_id: str, second_id: str, *, seed: int, round: int) -> bool:
+    """Whether a pair that is shown in one order is shown in the reverse of its own."""
+    return bool(derive_seed(seed, round, "order", prompt_id, first_id, second_id) & 1)
 
 
 def combine_verdicts(
