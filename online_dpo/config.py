@@ -280,6 +280,9 @@ class JudgeConfig(Section):
     comparisons: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """Pairs compared for each prompt by a pairwise judge; an active schedule has so many on
     average."""
+    comparisons_per_round: Count | None = None
+    """All comparisons of a round, in the place of `comparisons`, for schedules that spend a budget
+    over prompts: each shard has its part by its number of prompts."""
     schedule: ScheduleName = "draw"
     """Which pairs these are. draw: by seed; knockout: those that find the best and the worst; or
     where a label teaches most, by the judge's uncertainty, the policy's implicit reward_margin or

@@ -83,6 +83,19 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"judge": {"orders": "one", "swap": "agree"}}, "judge.swap: agree combines two orders"),
         ({"judge": {"schedule": "knockout", "comparisons": 3}}, "a knockout has as many"),
         ({"judge": {"schedule": "uncertainty"}}, "set judge.comparisons, their number"),
+        (
+            {"judge": {"comparisons_per_round": 9}},
+            "(uncertainty, entropy), and judge.schedule is draw",
+        ),
+        ({"judge": {**MARGIN, "comparisons_per_round": 9}}, "judge.schedule is reward_margin"),
+        (
+            {"judge": {"schedule": "entropy", "comparisons": 2, "comparisons_per_round": 9}},
+            "9 stands in the place of judge.comparisons: 2",
+        ),
+        (
+            {"evaluation": {"judge": {"name": "j", "comparisons_per_round": 9}}},
+            "evaluation.judge.comparisons_per_round: an evaluation",
+        ),
         ({"judge": MARGIN}, "is 0 where the policy that samples is the reference"),
         ({"judge": MARGIN, "train": {"loss": "simpo", "beta": 2}}, "the loss has no reference"),
         ({"evaluation": {"judge": {"name": "j", "schedule": "knockout"}}}, "schedule: an evaluat"),
@@ -154,6 +167,7 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
     [
         ({"orders": "one"}, False, "worker", "judge.orders: one is for judges that compare"),
         ({"comparisons": 2}, False, "async", "judge.comparisons: 2 is for judges that compare"),
+        ({"comparisons_per_round": 2}, False, "async", "judge.comparisons_per_round: 2 is for"),
         ({"swap": "agree"}, False, "async", "judge.swap: agree is for judges that compare"),
         ({"schedule": "knockout"}, False, "async", "judge.schedule: knockout is for judges that"),
         ({"scale": 2.0}, True, "async", "judge.scale makes p of two scores"),
