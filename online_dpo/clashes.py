@@ -41,7 +41,7 @@ CALLING = (
 )
 """Settings of judges that call an API."""
 
-COMPARING = ("orders", "swap", "comparisons", "comparisons_per_round", "schedule")
+COMPARING = ("orders", "swap", "comparisons", "comparisons_per_round", "schedule", "margins")
 """Settings of judges that compare."""
 
 _FILES = (".jsonl", ".json", ".parquet")
@@ -257,6 +257,12 @@ def _schedule(judge: JudgeConfig) -> Iterator[str]:
 
 def _implicit_rewards(config: Config) -> Iterator[str]:
     if config.judge.schedule != "reward_margin":
+        if is_given(config.judge, "margins"):
+            yield (
+                f"judge.margins: {config.judge.margins} says which implicit margins judge.schedule:"
+                f" reward_margin asks about, and judge.schedule is {config.judge.schedule}; leave "
+                "one of the two out"
+            )
         return
     if not needs_reference(config.train.loss):
         yield (
@@ -296,7 +302,7 @@ def _evaluation_judge(config: Config) -> Iterator[str]:
     yield from _swap(judge, "evaluation.judge")
     reasons = {
         **dict.fromkeys(
-            ("comparisons", "comparisons_per_round", "schedule"),
+            ("comparisons", "comparisons_per_round", "schedule", "margins"),
             "an evaluation compares each answer with policy 0's and the previous one's",
         ),
         "scale": "an evaluation counts wins, and no p is made of its scores",

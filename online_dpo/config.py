@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from online_dpo.asking.comparison_schedules import ScheduleName
+from online_dpo.asking.comparison_schedules import MarginChoice, ScheduleName
 from online_dpo.clashes import in_config
 from online_dpo.loss_rules import (
     LOSS_FACTS,
@@ -287,6 +287,9 @@ class JudgeConfig(Section):
     """Which pairs these are. draw: by seed; knockout: those that find the best and the worst; or
     where a label teaches most, by the judge's uncertainty, the policy's implicit reward_margin or
     its entropy on the prompt."""
+    margins: MarginChoice = "wide"
+    """Which implicit margins reward_margin asks about: wide, where the policy is surest; narrow,
+    where it cannot tell; mixed, both in turn."""
     scale: Positive = 1.0
     """Two scores become p by sigmoid(difference / scale)."""
     concurrency: Count = 32

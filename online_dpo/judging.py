@@ -156,6 +156,7 @@ class Labeller:
             seed=self._seed,
             round=self.round,
             reference_logps=reference_logps,
+            margins=config.margins,
             budget=budget,
         )
         found: list[dict[Pair, Comparison]] = [{} for _ in items]

@@ -96,6 +96,15 @@ def test_the_plain_config_has_no_clash() -> None:
             {"evaluation": {"judge": {"name": "j", "comparisons_per_round": 9}}},
             "evaluation.judge.comparisons_per_round: an evaluation",
         ),
+        ({"judge": {"margins": "narrow"}}, "judge.margins: narrow says which implicit margins"),
+        (
+            {"judge": {"schedule": "entropy", "comparisons": 2, "margins": "mixed"}},
+            "and judge.schedule is entropy",
+        ),
+        (
+            {"evaluation": {"judge": {"name": "j", "margins": "narrow"}}},
+            "evaluation.judge.margins: an evaluation",
+        ),
         ({"judge": MARGIN}, "is 0 where the policy that samples is the reference"),
         ({"judge": MARGIN, "train": {"loss": "simpo", "beta": 2}}, "the loss has no reference"),
         ({"evaluation": {"judge": {"name": "j", "schedule": "knockout"}}}, "schedule: an evaluat"),
@@ -168,6 +177,7 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
         ({"orders": "one"}, False, "worker", "judge.orders: one is for judges that compare"),
         ({"comparisons": 2}, False, "async", "judge.comparisons: 2 is for judges that compare"),
         ({"comparisons_per_round": 2}, False, "async", "judge.comparisons_per_round: 2 is for"),
+        ({"margins": "narrow"}, False, "async", "judge.margins: narrow is for judges that"),
         ({"swap": "agree"}, False, "async", "judge.swap: agree is for judges that compare"),
         ({"schedule": "knockout"}, False, "async", "judge.schedule: knockout is for judges that"),
         ({"scale": 2.0}, True, "async", "judge.scale makes p of two scores"),

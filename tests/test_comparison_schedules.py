@@ -218,6 +218,27 @@ def test_the_widest_implicit_margins_are_compared() -> None:
     assert len(draws) > 1 and all(3 not in pair for draw in draws for pair in draw)
 
 
+@pytest.mark.parametrize(
+    ("margins", "order"),
+    [
+        ("wide", [(1, 2), (0, 2), (0, 1)]),
+        ("narrow", [(0, 1), (0, 2), (1, 2)]),
+        ("mixed", [(1, 2), (0, 1), (0, 2)]),
+    ],
+)
+def test_margins_are_taken_from_either_end(margins: Any, order: list[Pair]) -> None:
+    """Log-ratios 0.5, 0 and 6: margins of 0.5 (0, 1), 5.5 (0, 2) and 6 (1, 2); the fourth answer
+    has none, and its pairs come last."""
+    prompt, responses = item("abcd", [-1.0, -2.0, -3.0, None])
+    reference = {r.id: logp for r, logp in zip(responses, (-1.5, -2.0, -9.0, -1.0), strict=True)}
+    for count in range(1, 7):
+        (chosen,) = schedule(
+            "reward_margin", count, (prompt, responses), reference_logps=reference, margins=margins
+        )([{}])
+        assert chosen[:3] == order[:count]
+        assert all(3 in pair for pair in chosen[3:]) and len(chosen) == count
+
+
 def test_a_labeller_asks_in_waves(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     shares: list[float] = []

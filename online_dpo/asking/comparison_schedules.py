@@ -14,6 +14,8 @@ from online_dpo.errors import ConfigError
 from online_dpo.records import Prompt, Response, derive_seed
 
 ScheduleName = Literal["draw", "knockout", "uncertainty", "reward_margin", "entropy"]
+MarginChoice = Literal["wide", "narrow", "mixed"]
+"""By which end of the implicit reward margins `reward_margin` begins; mixed takes them in turn."""
 ACTIVE = get_args(ScheduleName)[2:]
 """The schedules that spend a budget of comparisons where it is thought to teach most."""
 ACROSS_PROMPTS = ("uncertainty", "entropy")
@@ -39,14 +41,15 @@ def make_schedule(
     seed: int,
     round: int,
     reference_logps: Mapping[str, float] | None = None,
+    margins: MarginChoice = "wide",
     budget: int | None = None,
 ) -> Schedule:
     """The schedule for some prompts and their responses, a pure function of its arguments.
 
     `reference_logps` has the reference's log-prob of each response, in nats, for `reward_margin`;
-    None where the reference is the policy, so that every margin is 0 and the seed decides.
-    `budget` is what all items together may spend, for schedules that spend across prompts;
-    `comparisons` a prompt by default.
+    None where the reference is the policy, so that every margin is 0 and the seed decides;
+    `margins` says which of the margins it asks about. `budget` is what all items together may
+    spend, for schedules that spend across prompts; `comparisons` a prompt by default.
     """
     assert budget is None or name in ACROSS_PROMPTS, name
     draws = [random.Random(derive_seed(seed, round, "comparisons", p.id)) for p, _ in items]
@@ -74,9 +77,9 @@ def make_schedule(
         )
         return _once([pairs[:n] for pairs, n in zip(distinct, shares, strict=True)])
     rewards = [_rewards(responses, reference_logps) for _, responses in items]
-    widest = [_widest(p, r) for p, r in zip(distinct, rewards, strict=True)]
+    ranked = [_by_margin(p, r, margins) for p, r in zip(distinct, rewards, strict=True)]
     assert comparisons != "all"
-    return _once([pairs[:comparisons] for pairs in widest])
+    return _once([pairs[:comparisons] for pairs in ranked])
 
 
 def most_comparisons(name: ScheduleName, comparisons: int | Literal["all"], n: int) -> int:
@@ -269,11 +272,25 @@ def _rewards(
     ]
 
 
-def _widest(pairs: Sequence[Pair], rewards: Sequence[float | None]) -> list[Pair]:
-    """Pairs by the size of their implicit reward margin, the widest first, unknown ones last."""
+def _by_margin(
+    pairs: Sequence[Pair], rewards: Sequence[float | None], choice: MarginChoice
+) -> list[Pair]:
+    """Pairs by the size of their implicit reward margin, as chosen; unknown ones last.
 
-    def width(pair: Pair) -> float:
+    wide: the largest first (Muldrew et al. 2024, 2402.08114); narrow: the smallest, which is where
+    ADPO asks (Ji et al. 2024, 2402.09401); mixed: the largest, the smallest, the second largest ...
+    """
+
+    def width(pair: Pair) -> float | None:
         first, second = rewards[pair[0]], rewards[pair[1]]
-        return -1.0 if first is None or second is None else abs(first - second)
+        return None if first is None or second is None else abs(first - second)
 
-    return sorted(pairs, key=lambda pair: -width(pair))
+    widths = {pair: width(pair) for pair in pairs}
+    unknown = [pair for pair in pairs if widths[pair] is None]
+    sign = 1 if choice == "narrow" else -1
+    known = [pair for pair in pairs if widths[pair] is not None]
+    known.sort(key=lambda pair: sign * (widths[pair] or 0.0))
+    if choice == "mixed":
+        ends = zip(known, reversed(known), strict=True)
+        known = [pair for both in ends for pair in both][: len(known)]
+    return known + unknown
