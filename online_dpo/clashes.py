@@ -37,6 +37,7 @@ CALLING = (
     "batch",
     "max_invalid",
     "max_invalid_after",
+    "model_mismatch",
     "reuse_from",
 )
 """Settings of judges that call an API."""

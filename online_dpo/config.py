@@ -308,6 +308,9 @@ class JudgeConfig(Section):
     """The endpoint's service tier, e.g. flex; None asks for none."""
     batch: BatchConfig | None = None
     """The endpoint's batch API instead of single requests; {} takes it as it is."""
+    model_mismatch: Literal["warn", "refuse"] = "warn"
+    """Replies that name another model than was asked for, versions of it aside: told once and
+    taken, or the end of labelling."""
     prices: str | None = None
     """A price file of your own; None takes the shipped one."""
     budget: BudgetConfig = BudgetConfig()
