@@ -12,6 +12,7 @@ from online_dpo.clashes import in_config, of_judge, on_machine, with_judges
 from online_dpo.config import BudgetConfig, Config, JudgeConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError
+from online_dpo.judging import Labeller
 
 BASE: dict[str, Any] = {
     "model": {"path": "some/model"},
@@ -27,6 +28,7 @@ ALSO = {"url": "http://localhost:1/v1", "model": "m"}
 MARGIN = {"schedule": "reward_margin", "comparisons": 2}
 KTO = {"train": {"loss": "kto"}}
 PAIRWISE = {"name": "heuristic", "comparisons": 2}
+HUMAN = {"name": "human", "options": {"annotators": ["ann"]}}
 MADE = {"model": {"init": {}, "trust_remote_code": True}, "sft": {"demonstrations": "d"}}
 
 
@@ -52,6 +54,8 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"sampling": {"engine": {"tensor_parallel_size": "two"}}}, "'two' is no number of GPUs"),
         ({"sampling": {"engine": {"data_parallel_size": 0}}}, "engine.data_parallel_size: 0 is"),
         ({"sampling": {"engine": {"dtype": "auto"}}}, "engine.dtype is one of float32"),
+        ({"judge": HUMAN}, "are not kept for them; name another judge there"),
+        ({"evaluation": {"judge": HUMAN}}, "evaluation.judge: people (judge.name: human) label"),
         ({"evaluation": {"judge": PAIRWISE}}, "evaluation.judge.comparisons: an evaluation"),
         ({"evaluation": {"judge": {"name": "j", "scale": 2}}}, "evaluation.judge.scale: an"),
         ({"train": {"num_processes": 2, "launch": {"num_processes": 4}}}, "train.launch.num_p"),
@@ -184,6 +188,11 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
         ({"concurrency": 2}, True, "worker", "judge.concurrency is for judges that call an API"),
         ({"retries": 0}, False, "inline", "judge.retries is for judges that call an API"),
         ({"timeout_s": 2.0}, False, "inline", "judge.timeout_s: 'j' is called directly"),
+        ({"timeout_s": 2.0}, True, "own_model", "'j' is asked through the sampler, without a dead"),
+        ({"timeout_s": 2.0}, True, "people", "judge.timeout_s: people take their time. Leave"),
+        ({"orders": "one"}, True, "people", "judge.options.per_item is how many are asked. Leave"),
+        ({"votes": 3}, True, "people", "judge.votes: each annotator is shown a pair once"),
+        ({"model_mismatch": "refuse"}, True, "worker", "judge.model_mismatch is for judges that"),
     ],
 )
 def test_what_a_judge_does_not_read_is_refused(
@@ -215,6 +224,30 @@ def test_a_margin_that_no_comparison_reaches_is_refused() -> None:
     settings = config(pairs={"min_margin": 0.6})
     assert "can never be reached" in next(with_judges(settings, True, True))
     assert not list(with_judges(settings, True, False))
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (HUMAN, "people answer 'human' on a page, when they like; nothing else can wait for them"),
+        ({"name": "self"}, "'self' is asked through the campaign's sampler"),
+    ],
+)
+def test_who_cannot_sit_on_a_panel_is_told_why(
+    tmp_path: Path, member: dict[str, Any], said: str
+) -> None:
+    other = {"name": "scripted", "options": {"default": 0.5, "verdicts": []}}
+    with pytest.raises(ConfigError) as caught:
+        Labeller(
+            JudgeConfig(name="panel", options={"members": [other, member]}),
+            base=None,
+            ledger_path=tmp_path / "judgments.sqlite",
+            seed=0,
+            round=1,
+            on_event=lambda event: None,
+        )
+    assert said in caught.value.message and "members[1]" in caught.value.message
+    assert "Let it judge alone" in caught.value.message
 
 
 def run_it(config: dict[str, Any]) -> None:
