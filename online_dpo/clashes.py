@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from online_dpo.asking.comparison_schedules import ACTIVE
+from online_dpo.asking.comparison_schedules import ACROSS_PROMPTS, ACTIVE
 from online_dpo.loss_rules import needs_reference
 
 if TYPE_CHECKING:
@@ -37,12 +37,15 @@ CALLING = (
     "batch",
     "max_invalid",
     "max_invalid_after",
+    "model_mismatch",
     "reuse_from",
 )
 """Settings of judges that call an API."""
 
 DEFAULT_PROBES = 32
 """Of a judge whose answers cost neither money nor anybody's time."""
+COMPARING = ("orders", "swap", "comparisons", "comparisons_per_round", "schedule", "margins")
+"""Settings of judges that compare."""
 
 _FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
@@ -101,7 +104,7 @@ def of_judge(
             f"model of {section} at its endpoint and tier. Set {section}.options.price_per_million"
             ": [IN, OUT] in dollars ([0, 0] where it is free), or name a price file in judge.prices"
         )
-    for field in () if compares else ("orders", "swap", "comparisons", "schedule"):
+    for field in () if compares else COMPARING:
         if is_given(config, field):
             yield (
                 f"{section}.{field}: {getattr(config, field)} is for judges that compare; {name!r} "
@@ -262,15 +265,35 @@ def _schedule(judge: JudgeConfig) -> Iterator[str]:
             "judge.comparisons: a knockout has as many comparisons as it takes to find the best "
             "and the worst; leave it out"
         )
-    if judge.schedule in ACTIVE and judge.comparisons == "all":
+    of_round = judge.comparisons_per_round
+    if judge.schedule in ACTIVE and judge.comparisons == "all" and of_round is None:
         yield (
             f"judge.schedule: {judge.schedule} chooses which comparisons a budget goes to; set "
             "judge.comparisons, their number for each prompt"
+        )
+    if of_round is None:
+        return
+    if judge.schedule not in ACROSS_PROMPTS:
+        yield (
+            f"judge.comparisons_per_round: {of_round} is for schedules that give some prompts more "
+            f"than others ({', '.join(ACROSS_PROMPTS)}), and judge.schedule is {judge.schedule}; "
+            "set judge.comparisons, the number for each prompt, or one of these schedules"
+        )
+    if judge.comparisons != "all":
+        yield (
+            f"judge.comparisons_per_round: {of_round} stands in the place of judge.comparisons: "
+            f"{judge.comparisons}; leave one of the two out"
         )
 
 
 def _implicit_rewards(config: Config) -> Iterator[str]:
     if config.judge.schedule != "reward_margin":
+        if is_given(config.judge, "margins"):
+            yield (
+                f"judge.margins: {config.judge.margins} says which implicit margins judge.schedule:"
+                f" reward_margin asks about, and judge.schedule is {config.judge.schedule}; leave "
+                "one of the two out"
+            )
         return
     if not needs_reference(config.train.loss):
         yield (
@@ -309,8 +332,10 @@ def _evaluation_judge(config: Config) -> Iterator[str]:
         return
     yield from _swap(judge, "evaluation.judge")
     reasons = {
-        "comparisons": "an evaluation compares each answer with policy 0's and the previous one's",
-        "schedule": "an evaluation compares each answer with policy 0's and the previous one's",
+        **dict.fromkeys(
+            ("comparisons", "comparisons_per_round", "schedule", "margins"),
+            "an evaluation compares each answer with policy 0's and the previous one's",
+        ),
         "scale": "an evaluation counts wins, and no p is made of its scores",
         **dict.fromkeys(
             ("gold", "gold_pairs", "probes", "constant"), "the judge that labels is checked"

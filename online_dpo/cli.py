@@ -137,12 +137,12 @@ def status(
 
 
 @app.command()
-def show(run_dir: RunArgument, pair_id: str) -> None:
-    """One preference: its prompt, both responses, what the judge said."""
-    from online_dpo.display.terminal import print_pair
+def show(run_dir: RunArgument, row_id: str) -> None:
+    """A pair, or a good or bad response: the prompt, the texts, what the judge said and who."""
+    from online_dpo.display.terminal import print_row
     from online_dpo.views import Campaign
 
-    print_pair(Campaign(run_dir), pair_id)
+    print_row(Campaign(run_dir), row_id)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from online_dpo.alarms import Action, AlarmName
-from online_dpo.asking.comparison_schedules import ScheduleName
+from online_dpo.asking.comparison_schedules import MarginChoice, ScheduleName
 from online_dpo.clashes import in_config
 from online_dpo.loss_rules import (
     LOSS_FACTS,
@@ -281,10 +281,16 @@ class JudgeConfig(Section):
     comparisons: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     """Pairs compared for each prompt by a pairwise judge; an active schedule has so many on
     average."""
+    comparisons_per_round: Count | None = None
+    """All comparisons of a round, in the place of `comparisons`, for schedules that spend a budget
+    over prompts: each shard has its part by its number of prompts."""
     schedule: ScheduleName = "draw"
     """Which pairs these are. draw: by seed; knockout: those that find the best and the worst; or
     where a label teaches most, by the judge's uncertainty, the policy's implicit reward_margin or
     its entropy on the prompt."""
+    margins: MarginChoice = "wide"
+    """Which implicit margins reward_margin asks about: wide, where the policy is surest; narrow,
+    where it cannot tell; mixed, both in turn."""
     scale: Positive = 1.0
     """Two scores become p by sigmoid(difference / scale)."""
     concurrency: Count = 32
@@ -303,6 +309,9 @@ class JudgeConfig(Section):
     """The endpoint's service tier, e.g. flex; None asks for none."""
     batch: BatchConfig | None = None
     """The endpoint's batch API instead of single requests; {} takes it as it is."""
+    model_mismatch: Literal["warn", "refuse"] = "warn"
+    """Replies that name another model than was asked for, versions of it aside: told once and
+    taken, or the end of labelling."""
     prices: str | None = None
     """A price file of your own; None takes the shipped one."""
     budget: BudgetConfig = BudgetConfig()

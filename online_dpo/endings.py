@@ -36,11 +36,12 @@ ARTIFACTS = (
     "optimizer",
     "policy",
     "canary",
+    "rescored",
     "evaluation",
 )
 """What a round commits, in order: each rests on those before it."""
 
-IN_PARTS = ("samples", "scores", "labels")
+IN_PARTS = ("samples", "scores", "labels", "rescored")
 """Those of them that are made shard by shard."""
 
 PLAN = "round.json"

@@ -135,10 +135,11 @@ class Labeller:
         purpose: str,
         on_share: OnShare | None = None,
         reference_logps: Mapping[str, float] | None = None,
+        budget: int | None = None,
     ) -> list[Labels]:
         """One Labels for each prompt, in the order of the items; comparisons in that of the pairs.
 
-        `reference_logps` is what `make_schedule` takes.
+        `reference_logps` and `budget` are what `make_schedule` takes.
         """
         if self.kind == "score":
             scores = self.score(items, purpose=purpose, on_share=on_share)
@@ -155,9 +156,12 @@ class Labeller:
             seed=self._seed,
             round=self.round,
             reference_logps=reference_logps,
+            margins=config.margins,
+            budget=budget,
         )
         found: list[dict[Pair, Comparison]] = [{} for _ in items]
-        total = sum(most_comparisons(config.schedule, config.comparisons, len(r)) for _, r in items)
+        most = [most_comparisons(config.schedule, config.comparisons, len(r)) for _, r in items]
+        total = sum(most) if budget is None else max(1, min(budget, sum(most)))
         while any(wave := following([_ps(comparisons) for comparisons in found])):
             places = [(index, pair) for index, pairs in enumerate(wave) for pair in pairs]
             asked = [(items[i][0], items[i][1][a], items[i][1][b]) for i, (a, b) in places]

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from typing import Any
 
 from online_dpo.asking.own_model import who_judges_whom
 from online_dpo.clashes import with_judges
@@ -174,13 +175,19 @@ class Loop:
             ledger_path=self._folder.path / LEDGER,
             seed=self._config.campaign.seed,
             round=number,
-            on_event=lambda event: self._folder.event("judge", **event),
+            on_event=self._heard,
             env=hiding_gpus(self._config.compute.device),
             section="evaluation.judge" if evaluation and self._config.evaluation.judge else "judge",
         )
         labeller.own_models = own_models
         self._judges.append((config, labeller))
         return labeller
+
+    def _heard(self, event: dict[str, Any]) -> None:
+        """Keep a judge's event; what a person should know now is said as well."""
+        self._folder.event("judge", **event)
+        if event.get("event") == "judge_model_mismatch":
+            self._progress.note(event["message"])
 
     def _check_chain(self, context: Context, last: PastRound) -> None:
         """The plan must name the round before it as it stands on the disk."""

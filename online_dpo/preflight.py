@@ -121,10 +121,11 @@ def _num_questions(config: Config, compares: bool) -> str:
         if judge.name == PEOPLE:
             return f"{prompts * n * judge.options.get('per_item', 1)} verdicts of people"
         return f"{prompts * n * judge.votes} scores"
-    pairs = most_comparisons(judge.schedule, judge.comparisons, n)
+    pairs = prompts * most_comparisons(judge.schedule, judge.comparisons, n)
+    pairs = min(pairs, judge.comparisons_per_round or pairs)
     if judge.name == PEOPLE:
-        return f"{prompts * pairs * judge.options.get('per_item', 1)} comparisons by people"
-    return f"{prompts * pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
+        return f"{pairs * judge.options.get('per_item', 1)} comparisons by people"
+    return f"{pairs * (2 if judge.orders == 'both' else 1) * judge.votes} comparisons"
 
 
 def _num_checks(config: Config, judge: _Judge) -> int:

@@ -121,6 +121,11 @@ _COLUMNS: dict[str, dict[str, str]] = {
         "p_previous": "float64",
         "p_policy0": "float64",
     },
+    "rescored": {
+        "prompt_id": "string",
+        "score": "float64",
+        "reason": "string",
+    },
 }
 """The columns of every table of a run, by kind."""
 

@@ -25,7 +25,7 @@ class Say:
     refusal: str | None = None
     logprobs: Sequence[tuple[str, dict[str, float]]] | None = None
     """Each token with the log-probs of the likeliest ones in its place, its own among them."""
-    model: str = "test-model-2"
+    model: str = "m-002"
     tokens: tuple[int, int] = (TOKENS_IN, TOKENS_OUT)
     cached: int | None = None
     """Tokens in that are said to come from a cache."""

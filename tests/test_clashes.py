@@ -12,6 +12,7 @@ from online_dpo.clashes import in_config, of_judge, on_machine, with_judges
 from online_dpo.config import BudgetConfig, Config, JudgeConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError
+from online_dpo.judging import Labeller
 
 BASE: dict[str, Any] = {
     "model": {"path": "some/model"},
@@ -27,6 +28,7 @@ ALSO = {"url": "http://localhost:1/v1", "model": "m"}
 MARGIN = {"schedule": "reward_margin", "comparisons": 2}
 KTO = {"train": {"loss": "kto"}}
 PAIRWISE = {"name": "heuristic", "comparisons": 2}
+HUMAN = {"name": "human", "options": {"annotators": ["ann"]}}
 MADE = {"model": {"init": {}, "trust_remote_code": True}, "sft": {"demonstrations": "d"}}
 
 
@@ -52,6 +54,8 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"sampling": {"engine": {"tensor_parallel_size": "two"}}}, "'two' is no number of GPUs"),
         ({"sampling": {"engine": {"data_parallel_size": 0}}}, "engine.data_parallel_size: 0 is"),
         ({"sampling": {"engine": {"dtype": "auto"}}}, "engine.dtype is one of float32"),
+        ({"judge": HUMAN}, "are not kept for them; name another judge there"),
+        ({"evaluation": {"judge": HUMAN}}, "evaluation.judge: people (judge.name: human) label"),
         ({"evaluation": {"judge": PAIRWISE}}, "evaluation.judge.comparisons: an evaluation"),
         ({"evaluation": {"judge": {"name": "j", "scale": 2}}}, "evaluation.judge.scale: an"),
         ({"evaluation": {"judge": {"name": "j", "probes": 2}}}, "evaluation.judge.probes: the"),
@@ -84,6 +88,28 @@ def test_the_plain_config_has_no_clash() -> None:
         ({"judge": {"orders": "one", "swap": "agree"}}, "judge.swap: agree combines two orders"),
         ({"judge": {"schedule": "knockout", "comparisons": 3}}, "a knockout has as many"),
         ({"judge": {"schedule": "uncertainty"}}, "set judge.comparisons, their number"),
+        (
+            {"judge": {"comparisons_per_round": 9}},
+            "(uncertainty, entropy), and judge.schedule is draw",
+        ),
+        ({"judge": {**MARGIN, "comparisons_per_round": 9}}, "judge.schedule is reward_margin"),
+        (
+            {"judge": {"schedule": "entropy", "comparisons": 2, "comparisons_per_round": 9}},
+            "9 stands in the place of judge.comparisons: 2",
+        ),
+        (
+            {"evaluation": {"judge": {"name": "j", "comparisons_per_round": 9}}},
+            "evaluation.judge.comparisons_per_round: an evaluation",
+        ),
+        ({"judge": {"margins": "narrow"}}, "judge.margins: narrow says which implicit margins"),
+        (
+            {"judge": {"schedule": "entropy", "comparisons": 2, "margins": "mixed"}},
+            "and judge.schedule is entropy",
+        ),
+        (
+            {"evaluation": {"judge": {"name": "j", "margins": "narrow"}}},
+            "evaluation.judge.margins: an evaluation",
+        ),
         ({"judge": MARGIN}, "is 0 where the policy that samples is the reference"),
         ({"judge": MARGIN, "train": {"loss": "simpo", "beta": 2}}, "the loss has no reference"),
         ({"evaluation": {"judge": {"name": "j", "schedule": "knockout"}}}, "schedule: an evaluat"),
@@ -155,6 +181,8 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
     [
         ({"orders": "one"}, False, "worker", "judge.orders: one is for judges that compare"),
         ({"comparisons": 2}, False, "async", "judge.comparisons: 2 is for judges that compare"),
+        ({"comparisons_per_round": 2}, False, "async", "judge.comparisons_per_round: 2 is for"),
+        ({"margins": "narrow"}, False, "async", "judge.margins: narrow is for judges that"),
         ({"swap": "agree"}, False, "async", "judge.swap: agree is for judges that compare"),
         ({"schedule": "knockout"}, False, "async", "judge.schedule: knockout is for judges that"),
         ({"scale": 2.0}, True, "async", "judge.scale makes p of two scores"),
@@ -166,6 +194,11 @@ def test_what_a_machine_lacks_is_refused(gpus: int, sections: dict[str, Any], sa
         ({"gold_pairs": 3}, False, "inline", "comparisons of judge.gold are asked about, which is"),
         ({"constant": "Yes."}, True, "async", "that is 0 for a judge that makes calls; set"),
         ({"constant": "Yes.", "probes": 0}, True, "inline", "that is 0; set judge.probes, or"),
+        ({"timeout_s": 2.0}, True, "own_model", "'j' is asked through the sampler, without a dead"),
+        ({"timeout_s": 2.0}, True, "people", "judge.timeout_s: people take their time. Leave"),
+        ({"orders": "one"}, True, "people", "judge.options.per_item is how many are asked. Leave"),
+        ({"votes": 3}, True, "people", "judge.votes: each annotator is shown a pair once"),
+        ({"model_mismatch": "refuse"}, True, "worker", "judge.model_mismatch is for judges that"),
     ],
 )
 def test_what_a_judge_does_not_read_is_refused(
@@ -197,6 +230,30 @@ def test_a_margin_that_no_comparison_reaches_is_refused() -> None:
     settings = config(pairs={"min_margin": 0.6})
     assert "can never be reached" in next(with_judges(settings, True, True))
     assert not list(with_judges(settings, True, False))
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (HUMAN, "people answer 'human' on a page, when they like; nothing else can wait for them"),
+        ({"name": "self"}, "'self' is asked through the campaign's sampler"),
+    ],
+)
+def test_who_cannot_sit_on_a_panel_is_told_why(
+    tmp_path: Path, member: dict[str, Any], said: str
+) -> None:
+    other = {"name": "scripted", "options": {"default": 0.5, "verdicts": []}}
+    with pytest.raises(ConfigError) as caught:
+        Labeller(
+            JudgeConfig(name="panel", options={"members": [other, member]}),
+            base=None,
+            ledger_path=tmp_path / "judgments.sqlite",
+            seed=0,
+            round=1,
+            on_event=lambda event: None,
+        )
+    assert said in caught.value.message and "members[1]" in caught.value.message
+    assert "Let it judge alone" in caught.value.message
 
 
 def run_it(config: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from online_dpo.asking.comparison_schedules import (
     knockout,
     make_schedule,
     most_comparisons,
+    part_of_budget,
 )
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError
@@ -182,6 +183,30 @@ def test_seats_are_proportional_and_never_too_many(
                 assert weight / (seats[i] + 1) <= other / seats[j]
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 60))
+def test_parts_of_a_budget_add_up_and_are_proportional(sizes: list[int], total: int) -> None:
+    parts = [part_of_budget(sizes, i, total=total) for i in range(len(sizes))]
+    assert sum(parts) == total
+    for part, size in zip(parts, sizes, strict=True):
+        assert abs(part - total * size / sum(sizes)) < 1
+
+
+def test_parts_of_a_budget_by_hand() -> None:
+    """Shards of 4, 4 and 2 prompts and 7 comparisons: 2.8, 2.8 and 1.4."""
+    assert [part_of_budget([4, 4, 2], i, total=7) for i in range(3)] == [3, 3, 1]
+    assert [part_of_budget([4, 4, 4], i, total=4) for i in range(3)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "entropy"])
+def test_a_budget_may_be_less_than_one_a_prompt(name: str) -> None:
+    items = [item("abc", [-1.0] * 3), item("def", [-5.0] * 3), item("gh", [-2.0] * 2)]
+    strengths = [[1.0, 2, 3], [1.0, 2, 3], [1.0, 2]]
+    known = played(schedule(name, "all", *items, budget=2), strengths)
+    assert sum(map(len, known)) == 2
+    if name == "entropy":
+        assert [len(pairs) for pairs in known] == [0, 2, 0]
+
+
 def test_the_widest_implicit_margins_are_compared() -> None:
     prompt, responses = item("abcd", [-1.0, -2.0, -3.0, None])
     reference = {r.id: logp for r, logp in zip(responses, (-1.5, -2.0, -9.0, -1.0), strict=True)}
@@ -191,6 +216,27 @@ def test_the_widest_implicit_margins_are_compared() -> None:
         tuple(schedule("reward_margin", 1, (prompt, responses), seed=s)([{}])[0]) for s in range(9)
     }
     assert len(draws) > 1 and all(3 not in pair for draw in draws for pair in draw)
+
+
+@pytest.mark.parametrize(
+    ("margins", "order"),
+    [
+        ("wide", [(1, 2), (0, 2), (0, 1)]),
+        ("narrow", [(0, 1), (0, 2), (1, 2)]),
+        ("mixed", [(1, 2), (0, 1), (0, 2)]),
+    ],
+)
+def test_margins_are_taken_from_either_end(margins: Any, order: list[Pair]) -> None:
+    """Log-ratios 0.5, 0 and 6: margins of 0.5 (0, 1), 5.5 (0, 2) and 6 (1, 2); the fourth answer
+    has none, and its pairs come last."""
+    prompt, responses = item("abcd", [-1.0, -2.0, -3.0, None])
+    reference = {r.id: logp for r, logp in zip(responses, (-1.5, -2.0, -9.0, -1.0), strict=True)}
+    for count in range(1, 7):
+        (chosen,) = schedule(
+            "reward_margin", count, (prompt, responses), reference_logps=reference, margins=margins
+        )([{}])
+        assert chosen[:3] == order[:count]
+        assert all(3 in pair for pair in chosen[3:]) and len(chosen) == count
 
 
 def test_a_labeller_asks_in_waves(tmp_path: Path) -> None:

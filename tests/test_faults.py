@@ -22,8 +22,8 @@ def run_it(config: dict[str, Any]) -> None:
     online_dpo.run(config)
 
 
-def stop_before(config: dict[str, Any], artifact: str) -> None:
-    """Run, and end by SIGKILL before the named artifact is committed."""
+def die_before(artifact: str) -> None:
+    """End this process by SIGKILL before the named artifact is committed."""
     finish = RoundDir.finish
 
     def finish_or_die(self: RoundDir, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -32,6 +32,10 @@ def stop_before(config: dict[str, Any], artifact: str) -> None:
         return finish(self, name, *args, **kwargs)
 
     RoundDir.finish = finish_or_die  # type: ignore[method-assign]
+
+
+def stop_before(config: dict[str, Any], artifact: str) -> None:
+    die_before(artifact)
     run_it(config)
 
 
@@ -84,6 +88,11 @@ def test_a_damaged_reference_is_corrupt_and_not_trained_against(tmp_path: Path) 
     assert "model.safetensors is not what was committed" in (tmp_path / "run.txt").read_text()
 
 
+def resume_and_stop_before(run: str, changes: list[str], artifact: str) -> None:
+    die_before(artifact)
+    resume_it(run, changes, 0)
+
+
 def test_an_optional_section_can_be_taken_away(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", campaign={"rounds": 1})
     config["evaluation"] = {"judge": config["judge"]}
@@ -96,16 +105,26 @@ def test_an_optional_section_can_be_taken_away(tmp_path: Path) -> None:
 
 
 def test_win_rates_compare_scores_of_one_judge(tmp_path: Path) -> None:
+    """Another judge scores earlier answers again, once, and a kill after that costs nothing."""
     config = tiny_config(tmp_path / "run", campaign={"rounds": 1})
     assert in_child(run_it, config) == 0
+    run = RunDir(tmp_path / "run")
     scorers = "[{kind: lexicon, positive: [red, round], negative: [blue, small], weight: 1000}]"
-    changes = [f"judge.options.scorers={scorers}", "campaign.rounds=2"]
-    assert in_child(resume_it, str(tmp_path / "run"), changes, 0) == 0
-    first, second = (
-        read_json(tmp_path / f"run/rounds/{n:03d}/evaluation/metrics.json") for n in (1, 2)
+    changes = [f"judge.options.scorers={scorers}", "campaign.rounds=3"]
+    died = in_child(resume_and_stop_before, str(run.path), changes, "002/evaluation")
+    assert died == -signal.SIGKILL
+    again = [name.rpartition("-")[0] for name in run.round(2).children("rescored")]
+    assert again == ["rescored/round-000", "rescored/round-001"]
+    assert in_child(resume_it, str(run.path), [], 0) == 0
+    first, second, third = (
+        read_json(run.path / f"rounds/{n:03d}/evaluation/metrics.json") for n in (1, 2, 3)
     )
     assert abs(second["score"]["mean"]) > 100 * abs(first["score"]["mean"])
     assert 0.2 < second["win_rate_policy0"]["value"] < 1.0
+    assert 0.2 < third["win_rate_policy0"]["value"] <= 1.0
+    assert not run.round(3).children("rescored")
+    asked = [e["purpose"] for e in run.events() if e.get("event") == "judged"]
+    assert [asked.count(f"evaluation-{n:03d}") for n in (1, 2, 3)] == [1, 4, 1]
 
 
 def test_more_rounds_do_not_change_a_begun_one(tmp_path: Path) -> None:

@@ -99,3 +99,28 @@ def test_a_kill_changes_nothing(finished: Path, tmp_path: Path) -> None:
     assert in_child(run_and_die, config, "002/scores/part-00001") == -signal.SIGKILL
     assert in_child(run_it, config) == 0
     assert digests(tmp_path / "run") == digests(finished)
+
+
+def budget_config(run: Path) -> dict[str, Any]:
+    judge = {"name": f"{JUDGE}:longer", "options": {}, "schedule": "uncertainty"}
+    return tiny_config(
+        run,
+        judge={**judge, "comparisons_per_round": 5},
+        pairs={"selector": "all"},
+        campaign={"rounds": 1},
+    )
+
+
+def test_a_rounds_budget_is_split_by_prompts_and_survives_a_kill(tmp_path: Path) -> None:
+    """Eight prompts in two shards share five comparisons: three and two."""
+    config = budget_config(tmp_path / "run")
+    assert in_child(run_and_die, config, "001/labels/part-00001") == -signal.SIGKILL
+    assert in_child(run_it, config) == 0
+    first = RunDir(tmp_path / "run").round(1)
+    tables = [read_table(first.path / n / "labels.parquet") for n in first.children("labels")]
+    assert [len(table) for table in tables] == [3, 2]
+    whole = budget_config(tmp_path / "whole" / "run")
+    assert in_child(run_it, whole) == 0
+    labels = [name for name in digests(tmp_path / "run") if "/labels/" in name]
+    mine, theirs = digests(tmp_path / "run"), digests(tmp_path / "whole" / "run")
+    assert labels and all(mine[name] == theirs[name] for name in labels)

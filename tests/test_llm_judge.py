@@ -72,7 +72,7 @@ def test_both_orders_are_asked_and_bought_once(make: MakeLabeller, tmp_path: Pat
         "event": "judge_calls", "judge": "llm_pairwise", "from_ledger": 20, "cost_usd": 0.0,
     }  # fmt: skip
     charged = rows(tmp_path, "state, tokens_in, tokens_out, cost, answered_by, attempt")
-    assert charged == [("settled", TOKENS_IN, TOKENS_OUT, COST * 1e12, "test-model-2", 1)] * 20
+    assert charged == [("settled", TOKENS_IN, TOKENS_OUT, COST * 1e12, "m-002", 1)] * 20
     assert digest_of(tmp_path / "judgments.sqlite")[0] == 20
 
 

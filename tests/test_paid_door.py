@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from paid_labelling import A, good_wins, rows
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, CorruptError, JudgeError
 from online_dpo.judging import Labeller
+from online_dpo.paid.model_names import is_same_model
+from online_dpo.paid.rates import endpoint_of
 
 MakeLabeller = Callable[..., Labeller]
 
@@ -127,6 +130,80 @@ def test_another_model_that_answers_is_told_and_recorded(
     assert answered == [("m-1",), ("m-1",), ("m-2",), ("m-2",)]
 
 
+@pytest.mark.parametrize(
+    ("asked", "answered", "same"),
+    [
+        ("gpt-4o-mini", "gpt-4o-mini-2024-07-18", True),
+        ("gpt-4", "gpt-4-0613", True),
+        ("claude-x-latest", "claude-x-20241022", True),
+        ("gemini-2.5-flash", "models/gemini-2.5-flash-preview-05-20", True),
+        ("openai/GPT-4o-mini", "gpt-4o-mini", True),
+        ("gemini-1.5-pro", "gemini-1.5-pro-002", True),
+        ("m", "unknown", True),
+        ("gpt-4o", "gpt-4o-mini", False),
+        ("gpt-4o-mini", "gpt-4o", False),
+        ("gpt-4", "gpt-4.1", False),
+        ("gpt-4", "gpt-4-turbo", False),
+        ("llama-3-70b", "llama-3-8b", False),
+        ("a/m", "a/n", False),
+    ],
+)
+def test_versions_of_a_model_are_the_same_model(asked: str, answered: str, same: bool) -> None:
+    assert is_same_model(asked, answered) is same
+
+
+def test_a_wrong_model_name_is_said_once_and_may_be_refused(
+    make: MakeLabeller, tmp_path: Path
+) -> None:
+    events: list[Any] = []
+    with JudgeServer(lambda request, number: Say(A.text, model="other-model")) as server:
+        labeller = make(server, events=events)
+        labeller.compare_pairs([pair(0)], purpose="label")
+        labeller.compare_pairs([pair(1)], purpose="label")
+        (told,) = events_of("judge_model_mismatch", events)
+        assert "asked for 'm', and 'other-model' answered" in told["message"]
+        assert [e["other_model"] for e in events_of("judge_calls", events)] == [2, 2]
+        labeller.close()
+        strict = make(server, model_mismatch="refuse")
+        with pytest.raises(JudgeError, match="'other-model' answered for prompt"):
+            strict.compare_pairs([pair(0)], purpose="label")  # out of the ledger
+        with pytest.raises(JudgeError, match="judge.model_mismatch: warn"):
+            strict.compare_pairs([pair(2)], purpose="label")
+        assert 5 <= len(server.requests) <= 6
+    answered = rows(tmp_path / "run", "SELECT DISTINCT state, answered_by FROM calls")
+    assert ("settled", "other-model") in answered
+
+
+def test_a_version_of_the_model_is_neither_said_nor_refused(make: MakeLabeller) -> None:
+    events: list[Any] = []
+    with JudgeServer(lambda request, number: Say(A.text, model="m-2024-07-18")) as server:
+        labeller = make(server, events=events, model_mismatch="refuse")
+        labeller.compare_pairs([pair()], purpose="label")
+    assert not events_of("judge_model_mismatch", events)
+    assert "other_model" not in events_of("judge_calls", events)[0]
+
+
+# --- rates
+
+
+def test_what_a_judge_sends_counts_at_its_endpoint(make: MakeLabeller) -> None:
+    with always(A) as server:
+        make(server).compare_pairs([pair()], purpose="label")
+        endpoint = endpoint_of(server.url, os.environ.get("OPENAI_API_KEY"))
+    now = endpoint.clock()
+    assert endpoint.requests.wait_s(1, 2, now) > 50 and endpoint.requests.wait_s(1, 3, now) == 0
+    # Settled at what the two replies say that they used, 110 tokens each.
+    assert endpoint.tokens.wait_s(1, 220, now) > 50 and endpoint.tokens.wait_s(1, 221, now) == 0
+
+
+def test_a_call_larger_than_a_minutes_tokens_is_refused(make: MakeLabeller) -> None:
+    with always(A) as server:
+        labeller = make(server, tokens_per_minute=50)
+        with pytest.raises(ConfigError, match=r"judge\.tokens_per_minute: 50 is less than the"):
+            labeller.compare_pairs([pair()], purpose="label")
+        assert not server.requests
+
+
 # --- rows
 
 
@@ -141,7 +218,7 @@ def test_a_row_says_all_of_a_call(make: MakeLabeller, tmp_path: Path) -> None:
     first, second = rows(tmp_path / "run", f"SELECT {columns} FROM judgments ORDER BY prompt_id")
     common = (64, 64, "llm_pairwise", 1)
     ids = '["0-a", "0-b"]'
-    rest = ("test-model-2", 100, 10, 1, 1, 1)
+    rest = ("m-002", 100, 10, 1, 1, 1)
     unread = '{"p": null, "reason": "no verdict in the reply"}'
     assert first == (*common, "p0", ids, 0, "both", unread, *rest)
     assert second[7:9] == ("so [[A]]", '{"p": 1.0, "reason": null}')

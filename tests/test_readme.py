@@ -258,7 +258,7 @@ def test_the_table_of_commands_is_complete_and_they_work(home: Path) -> None:
     values = {
         "CONFIG": "first_person.yaml",
         "RUN_DIR": "runs/first_person",
-        "PAIR_ID": pair_id,
+        "ID": pair_id,
         "DIR": "out",
         "FILE": "out/preferences.jsonl",
         "M": "out/policy",

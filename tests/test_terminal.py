@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from run_fixture import make_run
 from tiny import in_child, tiny_config
 
-from online_dpo.display.lookup import example_pairs, find_pair, spread
-from online_dpo.display.terminal import print_pair, print_status, print_summary
+from online_dpo.display.lookup import example_pairs, find_row, spread
+from online_dpo.display.terminal import print_row, print_status, print_summary
 from online_dpo.display.visible import visible
 from online_dpo.display.wording import (
     change,
@@ -264,7 +264,7 @@ def test_models_cannot_command_the_terminal(
     run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE, config={"campaign": names})
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
     print_summary(Campaign(run))
-    print_pair(Campaign(run), pair["pair_id"])
+    print_row(Campaign(run), pair["pair_id"])
     shown = capsys.readouterr().out
     escaped = r"\x1b[2J\x1b]0;owned\x07[bold red]loud[/bold red]\x0d\u202eback\u2028end \x9b31m"
     assert shown.count(escaped) == 4
@@ -273,7 +273,7 @@ def test_models_cannot_command_the_terminal(
 
 def test_a_pair_is_shown_with_its_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = read_table(run / "rounds" / "002" / "pairs" / "pairs.parquet")[3]
-    print_pair(Campaign(run), pair["pair_id"][:7])
+    print_row(Campaign(run), pair["pair_id"][:7])
     shown = capsys.readouterr().out
     labels = read_table(run / "rounds" / "002" / "labels" / "part-00000" / "labels.parquet")
     scores = {row["first_id"]: row["score"] for row in labels}
@@ -292,7 +292,7 @@ def test_a_compared_pair_is_shown_with_its_verdict(
 ) -> None:
     run = make_run(tmp_path, rounds=1, judge="compare", form="messages")
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
-    print_pair(Campaign(run), pair["pair_id"])
+    print_row(Campaign(run), pair["pair_id"])
     shown = capsys.readouterr().out
     assert f"judge: p {pair['p']:.3f} that the chosen one is better, over 2 orders" in shown
     assert "\n  user: Review of the " in shown
@@ -303,7 +303,7 @@ def test_a_pair_mixed_in_later_names_all_its_rounds(tmp_path: Path) -> None:
     folder = run / "rounds" / "003" / "pairs"
     first = run / "rounds" / "001" / "pairs" / "pairs.parquet"
     (folder / "pairs.parquet").write_bytes(first.read_bytes())
-    pair = find_pair(run, read_table(first)[0]["pair_id"])
+    pair = find_row(run, read_table(first)[0]["pair_id"])
     assert pair.rounds == (1, 3)
     assert pair.chosen.score is not None
 
@@ -311,10 +311,10 @@ def test_a_pair_mixed_in_later_names_all_its_rounds(tmp_path: Path) -> None:
 def test_an_unknown_pair_names_near_ones(run: Path) -> None:
     known = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]["pair_id"]
     wrong = known[:10] + "zz" + known[12:]
-    with pytest.raises(ConfigError, match=f"is no pair's id .* Near: {known}"):
-        find_pair(run, wrong)
-    with pytest.raises(ConfigError, match="more than one pair's id"):
-        find_pair(run, "")
+    with pytest.raises(ConfigError, match=f"is no row's id .* Near: {known}"):
+        find_row(run, wrong)
+    with pytest.raises(ConfigError, match="more than one row's id"):
+        find_row(run, "")
 
 
 def test_example_pairs_go_from_the_widest_to_the_narrowest_margin(run: Path) -> None:

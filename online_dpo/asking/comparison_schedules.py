@@ -14,8 +14,12 @@ from online_dpo.errors import ConfigError
 from online_dpo.records import Prompt, Response, derive_seed
 
 ScheduleName = Literal["draw", "knockout", "uncertainty", "reward_margin", "entropy"]
+MarginChoice = Literal["wide", "narrow", "mixed"]
+"""By which end of the implicit reward margins `reward_margin` begins; mixed takes them in turn."""
 ACTIVE = get_args(ScheduleName)[2:]
 """The schedules that spend a budget of comparisons where it is thought to teach most."""
+ACROSS_PROMPTS = ("uncertainty", "entropy")
+"""Those of them that give some prompts more of the budget than others."""
 
 Pair = tuple[int, int]
 """Two responses of a prompt by their places, the smaller first."""
@@ -37,36 +41,45 @@ def make_schedule(
     seed: int,
     round: int,
     reference_logps: Mapping[str, float] | None = None,
+    margins: MarginChoice = "wide",
+    budget: int | None = None,
 ) -> Schedule:
     """The schedule for some prompts and their responses, a pure function of its arguments.
 
     `reference_logps` has the reference's log-prob of each response, in nats, for `reward_margin`;
-    None where the reference is the policy, so that every margin is 0 and the seed decides.
+    None where the reference is the policy, so that every margin is 0 and the seed decides;
+    `margins` says which of the margins it asks about. `budget` is what all items together may
+    spend, for schedules that spend across prompts; `comparisons` a prompt by default.
     """
+    assert budget is None or name in ACROSS_PROMPTS, name
     draws = [random.Random(derive_seed(seed, round, "comparisons", p.id)) for p, _ in items]
     ordered = [_ordered(responses, draw) for (_, responses), draw in zip(items, draws, strict=True)]
     if name == "knockout":
         return _knockouts([_entrants(r, d) for (_, r), d in zip(items, draws, strict=True)])
-    if name == "draw" or comparisons == "all":
+    if name == "draw" or (comparisons == "all" and budget is None):
         most = None if comparisons == "all" else comparisons
         return _once([sorted(pairs[:most]) for pairs in ordered])
     distinct = [
         [(i, j) for i, j in pairs if not identical(responses[i], responses[j])]
         for (_, responses), pairs in zip(items, ordered, strict=True)
     ]
+    if budget is None:
+        assert comparisons != "all"
+        budget = comparisons * len(items)
     if name == "uncertainty":
         ties = [draw.random() for draw in draws]
-        return _uncertainty([len(r) for _, r in items], distinct, comparisons * len(items), ties)
+        return _uncertainty([len(r) for _, r in items], distinct, budget, ties)
     if name == "entropy":
         shares = allocate(
             [entropy(*item) for item in items],
             [len(pairs) for pairs in distinct],
-            total=comparisons * len(items),
+            total=budget,
         )
         return _once([pairs[:n] for pairs, n in zip(distinct, shares, strict=True)])
     rewards = [_rewards(responses, reference_logps) for _, responses in items]
-    widest = [_widest(p, r) for p, r in zip(distinct, rewards, strict=True)]
-    return _once([pairs[:comparisons] for pairs in widest])
+    ranked = [_by_margin(p, r, margins) for p, r in zip(distinct, rewards, strict=True)]
+    assert comparisons != "all"
+    return _once([pairs[:comparisons] for pairs in ranked])
 
 
 def most_comparisons(name: ScheduleName, comparisons: int | Literal["all"], n: int) -> int:
@@ -123,6 +136,18 @@ def allocate(weights: Sequence[float], capacities: Sequence[int], *, total: int)
         if seats[i] < capacities[i]:
             heapq.heappush(queue, (-weights[i] / (seats[i] + 1), seats[i], i))
     return seats
+
+
+def part_of_budget(sizes: Sequence[int], index: int, *, total: int) -> int:
+    """The part of `total` that goes to one of several shards, in proportion to their sizes.
+
+    By the largest remainder (Hare), the first of equals: the parts add up to `total`, each is its
+    exact share rounded up or down, and none depends on what was spent before.
+    """
+    exact = [divmod(total * size, sum(sizes)) for size in sizes]
+    left = total - sum(whole for whole, _ in exact)
+    order = sorted(range(len(sizes)), key=lambda i: (-exact[i][1], i))
+    return exact[index][0] + (index in order[:left])
 
 
 def _ordered(responses: Sequence[Response], draw: random.Random) -> list[Pair]:
@@ -247,11 +272,25 @@ def _rewards(
     ]
 
 
-def _widest(pairs: Sequence[Pair], rewards: Sequence[float | None]) -> list[Pair]:
-    """Pairs by the size of their implicit reward margin, the widest first, unknown ones last."""
+def _by_margin(
+    pairs: Sequence[Pair], rewards: Sequence[float | None], choice: MarginChoice
+) -> list[Pair]:
+    """Pairs by the size of their implicit reward margin, as chosen; unknown ones last.
 
-    def width(pair: Pair) -> float:
+    wide: the largest first (Muldrew et al. 2024, 2402.08114); narrow: the smallest, which is where
+    ADPO asks (Ji et al. 2024, 2402.09401); mixed: the largest, the smallest, the second largest ...
+    """
+
+    def width(pair: Pair) -> float | None:
         first, second = rewards[pair[0]], rewards[pair[1]]
-        return -1.0 if first is None or second is None else abs(first - second)
+        return None if first is None or second is None else abs(first - second)
 
-    return sorted(pairs, key=lambda pair: -width(pair))
+    widths = {pair: width(pair) for pair in pairs}
+    unknown = [pair for pair in pairs if widths[pair] is None]
+    sign = 1 if choice == "narrow" else -1
+    known = [pair for pair in pairs if widths[pair] is not None]
+    known.sort(key=lambda pair: sign * (widths[pair] or 0.0))
+    if choice == "mixed":
+        ends = zip(known, reversed(known), strict=True)
+        known = [pair for both in ends for pair in both][: len(known)]
+    return known + unknown

@@ -178,7 +178,8 @@ def _check_form(form: Form, mode: Mode, section: str) -> None:
     if mode == "people":
         raise ConfigError(
             f"{section}: people answer {form.name!r} on a page, when they like; nothing else can "
-            "wait for them. Combine their verdicts by its own options."
+            "wait for them. Let it judge alone: its options annotators, per_item and combine have "
+            "several people vote."
         )
     check_key(form.judge)
 

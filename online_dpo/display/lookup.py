@@ -1,16 +1,17 @@
-"""Single preferences of a run, each with what the judge said of its two responses."""
+"""Single rows that a run trained on, each with what the judge said of its responses."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from online_dpo.display.visible import visible
+from online_dpo.display.voices import Hearing, Voice
 from online_dpo.errors import ConfigError
-from online_dpo.records import Prompt
+from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import read_prompts
 from online_dpo.store import RoundDir, RunDir
 
@@ -18,11 +19,13 @@ Row = dict[str, Any]
 
 _MIN_PREFIX = 4
 _PLAIN_COLUMNS = ("pair_id", "margin")
+_IDS = {"pairs": "pair_id", "unpaired": "row_id"}
+"""The tables of what rounds train on, with their column of ids."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One response of a pair. `score` is None where the judge compares or gave none."""
+    """A response that is trained on. `score` is None where the judge compares or gave none."""
 
     response_id: str
     text: str
@@ -30,6 +33,8 @@ class Side:
     truncated: bool
     score: float | None
     reason: str | None
+    voices: tuple[Voice, ...] = ()
+    """What each annotator said of it by itself."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Comparisons:
     p: float | None
     reason: str | None
     orders: int
+    voices: tuple[Voice, ...] = ()
+    """What each member of a panel, or each annotator, said; p is for the chosen one here too."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,39 @@ class PairView:
     comparison: Comparisons | None
 
 
-def find_pair(run_dir: Path, pair_id: str) -> PairView:
-    """The pair of this id, or of the only id that begins so. Raises ConfigError naming near ids."""
+@dataclass(frozen=True)
+class ResponseView:
+    """A good or bad response as it was trained on by itself."""
+
+    row_id: str
+    rounds: tuple[int, ...]
+    """The rounds that trained on it."""
+    prompt: Prompt | None
+    prompt_source: str
+    response: Side
+    good: bool
+    margin: float
+    """How far its score is from the threshold."""
+    origin: str
+
+
+def find_row(run_dir: Path, row_id: str) -> PairView | ResponseView:
+    """The pair, or the good or bad response, of this id or of the only id that begins so.
+
+    Raises ConfigError naming near ids.
+    """
     run = RunDir(run_dir)
-    places: dict[str, list[int]] = {}
-    for round_dir in _with_pairs(run):
-        for row in _rows(_pairs_table(round_dir), columns=["pair_id"]):
-            places.setdefault(row["pair_id"], []).append(round_dir.number)
-    known = _resolve(run_dir, pair_id, list(places))
-    first = run.round(places[known][0])
-    (row,) = _rows(_pairs_table(first), filters=[("pair_id", "=", known)])
-    return _view(run, row, tuple(places[known]), _prompts(run))
+    places: dict[str, list[tuple[str, int]]] = {}
+    for kind, column in _IDS.items():
+        for round_dir in run.rounds():
+            if round_dir.has(kind):
+                for row in _rows(_table(round_dir, kind), columns=[column]):
+                    places.setdefault(row[column], []).append((kind, round_dir.number))
+    known = _resolve(run_dir, row_id, list(places))
+    kind, first = places[known][0]
+    (row,) = _rows(_table(run.round(first), kind), filters=[(_IDS[kind], "=", known)])
+    rounds = tuple(number for _, number in places[known])
+    return (_view if kind == "pairs" else _response_view)(run, row, rounds, _prompts(run))
 
 
 def example_pairs(run_dir: Path, number: int, count: int) -> list[PairView]:
@@ -77,10 +106,10 @@ def example_pairs(run_dir: Path, number: int, count: int) -> list[PairView]:
     round_dir = run.round(number)
     if not round_dir.has("pairs") or count < 1:
         return []
-    ranked = _rows(_pairs_table(round_dir), columns=list(_PLAIN_COLUMNS))
+    ranked = _rows(_table(round_dir, "pairs"), columns=list(_PLAIN_COLUMNS))
     ranked.sort(key=lambda row: (-row["margin"], row["pair_id"]))
     wanted = [ranked[index]["pair_id"] for index in spread(len(ranked), count)]
-    found = _rows(_pairs_table(round_dir), filters=[("pair_id", "in", wanted)])
+    found = _rows(_table(round_dir, "pairs"), filters=[("pair_id", "in", wanted)])
     prompts = _prompts(run)
     views = [_view(run, row, (number,), prompts) for row in found]
     return sorted(views, key=lambda view: wanted.index(view.pair_id))
@@ -95,12 +124,8 @@ def spread(length: int, count: int) -> list[int]:
     return [round(k * (length - 1) / (count - 1)) for k in range(count)]
 
 
-def _with_pairs(run: RunDir) -> list[RoundDir]:
-    return [round_dir for round_dir in run.rounds() if round_dir.has("pairs")]
-
-
-def _pairs_table(round_dir: RoundDir) -> Path:
-    return round_dir.artifact("pairs") / "pairs.parquet"
+def _table(round_dir: RoundDir, kind: str) -> Path:
+    return round_dir.artifact(kind) / f"{kind}.parquet"
 
 
 def _rows(
@@ -117,22 +142,19 @@ def _rows(
     return rows
 
 
-def _resolve(run_dir: Path, pair_id: str, known: Sequence[str]) -> str:
-    if pair_id in known:
-        return pair_id
-    begins = [name for name in known if name.startswith(pair_id)]
-    if len(begins) == 1 and len(pair_id) >= _MIN_PREFIX:
+def _resolve(run_dir: Path, row_id: str, known: Sequence[str]) -> str:
+    if row_id in known:
+        return row_id
+    begins = [name for name in known if name.startswith(row_id)]
+    if len(begins) == 1 and len(row_id) >= _MIN_PREFIX:
         return begins[0]
     if not known:
-        unpaired = any(round_dir.has("unpaired") for round_dir in RunDir(run_dir).rounds())
-        why = "no pairs: it trains on good and bad responses" if unpaired else "no pairs yet"
-        raise ConfigError(f"{run_dir} has {why}.")
-    near = begins[:5] or difflib.get_close_matches(pair_id, known, n=3, cutoff=0.5) or known[:3]
-    what = "begins" if len(begins) > 1 else "is"
+        raise ConfigError(f"{run_dir} has nothing that a round trains on yet.")
+    near = begins[:5] or difflib.get_close_matches(row_id, known, n=3, cutoff=0.5) or known[:3]
+    what = "begins more than one" if len(begins) > 1 else "is no"
     names = ", ".join(visible(name) for name in near)
-    more = " more than one pair's id" if len(begins) > 1 else " no pair's id"
     raise ConfigError(
-        f"{visible(pair_id)!r} {what}{more} in {run_dir} ({len(known)} pairs). Near: {names}."
+        f"{visible(row_id)!r} {what} row's id in {run_dir} ({len(known)} rows). Near: {names}."
     )
 
 
@@ -143,57 +165,97 @@ def _prompts(run: RunDir) -> Mapping[str, Prompt]:
 def _view(
     run: RunDir, row: Row, rounds: tuple[int, ...], prompts: Mapping[str, Prompt]
 ) -> PairView:
-    labels = _labels(run, row)
+    labels, prompt, hearing = _labels(run, row), prompts.get(row["prompt_id"]), Hearing(run)
     return PairView(
         pair_id=row["pair_id"],
         rounds=rounds,
-        prompt=prompts.get(row["prompt_id"]),
+        prompt=prompt,
         prompt_source=row["prompt_source"],
-        chosen=_side(row, "chosen", labels),
-        rejected=_side(row, "rejected", labels),
+        chosen=_side(row, "chosen", labels, prompt, hearing),
+        rejected=_side(row, "rejected", labels, prompt, hearing),
         margin=row["margin"],
         p=row["p"],
         origin=row["origin"],
-        comparison=_comparison(row, labels),
+        comparison=_comparison(row, labels, hearing),
+    )
+
+
+def _response_view(
+    run: RunDir, row: Row, rounds: tuple[int, ...], prompts: Mapping[str, Prompt]
+) -> ResponseView:
+    prompt = prompts.get(row["prompt_id"])
+    return ResponseView(
+        row_id=row["row_id"],
+        rounds=rounds,
+        prompt=prompt,
+        prompt_source=row["prompt_source"],
+        response=_side(row, "completion", _labels(run, row), prompt, Hearing(run)),
+        good=row["label"],
+        margin=row["margin"],
+        origin=row["origin"],
     )
 
 
 def _labels(run: RunDir, row: Row) -> list[Row]:
-    """What the judge said on the pair's prompt, in the round that made the pair."""
-    kind, _, number = str(row["origin"]).partition("-")
-    if kind != "round" or not number.isdigit():
+    """What the judge said on the row's prompt in the round that made it, each with its `judge`."""
+    made = _made_in(row)
+    if made is None:
         return []
-    round_dir = run.round(int(number))
+    round_dir = run.round(made)
     found: list[Row] = []
     for name in round_dir.children("labels"):
         table = round_dir.path / name / "labels.parquet"
-        found += _rows(table, filters=[("prompt_id", "=", row["prompt_id"])])
+        judge = round_dir.manifest(name).get("judge", {}).get("name", "")
+        for label in _rows(table, filters=[("prompt_id", "=", row["prompt_id"])]):
+            found.append({**label, "judge": judge})
     return found
 
 
-def _side(row: Row, side: str, labels: Sequence[Row]) -> Side:
+def _made_in(row: Row) -> int | None:
+    """The round whose samples a row is made of; None for offline data."""
+    kind, _, number = str(row["origin"]).partition("-")
+    return int(number) if kind == "round" and number.isdigit() else None
+
+
+def _side(
+    row: Row, side: str, labels: Sequence[Row], prompt: Prompt | None, hearing: Hearing
+) -> Side:
     own = [
         label
         for label in labels
         if label["first_id"] == row[f"{side}_id"] and label["second_id"] is None
     ]
-    return Side(
-        response_id=row[f"{side}_id"],
+    response = Response(
+        id=row[f"{side}_id"],
+        prompt_id=row["prompt_id"],
         text=row[f"{side}_text"],
-        num_tokens=len(row[f"{side}_token_ids"]),
-        truncated=row[f"{side}_truncated"],
+        token_ids=tuple(row[f"{side}_token_ids"]),
+        finish_reason="length" if row[f"{side}_truncated"] else "eos",
+    )
+    return Side(
+        response_id=response.id,
+        text=response.text,
+        num_tokens=len(response.token_ids),
+        truncated=response.truncated,
         score=own[0]["score"] if own else None,
         reason=own[0]["reason"] if own else None,
+        voices=tuple(hearing.on_response(own[0]["judge"], prompt, response)) if own else (),
     )
 
 
-def _comparison(row: Row, labels: Sequence[Row]) -> Comparisons | None:
+def _comparison(row: Row, labels: Sequence[Row], hearing: Hearing) -> Comparisons | None:
     chosen, rejected = row["chosen_id"], row["rejected_id"]
     for label in labels:
-        shown = (label["first_id"], label["second_id"])
+        shown, made = (label["first_id"], label["second_id"]), _made_in(row)
+        if made is None or set(shown) != {chosen, rejected}:
+            continue
+        voices = hearing.on_pair(label["judge"], label, made)
         if shown == (chosen, rejected):
-            return Comparisons(label["p"], label["reason"], label["orders"])
-        if shown == (rejected, chosen):
-            p = None if label["p"] is None else 1.0 - label["p"]
-            return Comparisons(p, label["reason"], label["orders"])
+            return Comparisons(label["p"], label["reason"], label["orders"], voices)
+        turned = tuple(replace(voice, ps=tuple(map(_turned, voice.ps))) for voice in voices)
+        return Comparisons(_turned(label["p"]), label["reason"], label["orders"], turned)
     return None
+
+
+def _turned(p: float | None) -> float | None:
+    return None if p is None else 1.0 - p

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from online_dpo.display.judge_table import alarms_of
-from online_dpo.display.lookup import Comparisons, PairView, Side, find_pair
+from online_dpo.display.lookup import Comparisons, PairView, ResponseView, Side, find_row
 from online_dpo.display.terminal_tables import (
     RECENT,
     make_console,
@@ -23,6 +23,7 @@ from online_dpo.display.terminal_tables import (
     say_folded,
 )
 from online_dpo.display.visible import visible
+from online_dpo.display.voices import Voice, agreed
 from online_dpo.display.wording import headline, number, remarks
 from online_dpo.trust import trust_flags
 from online_dpo.views import Campaign, RoundView, evaluated
@@ -65,19 +66,64 @@ def print_summary(campaign: Campaign, note: str | None = None) -> None:
     _print_next(console, campaign)
 
 
-def print_pair(campaign: Campaign, pair_id: str) -> None:
-    """One preference with all that is known of it. Raises ConfigError naming near ids."""
-    pair = find_pair(campaign.path, pair_id)
-    console = make_console()
-    trained = ", ".join(str(n) for n in pair.rounds)
-    say(console, f"pair {pair.pair_id}: trained on in round {trained}, from {_origin(pair)}")
+def print_row(campaign: Campaign, row_id: str) -> None:
+    """A preference, or a good or bad response, with all that is known of it.
+
+    Raises ConfigError naming near ids.
+    """
+    row, console = find_row(campaign.path, row_id), make_console()
+    if isinstance(row, PairView):
+        _print_pair(console, row)
+    else:
+        _print_response(console, row)
+
+
+def _print_pair(console: Console, pair: PairView) -> None:
+    say(console, f"pair {pair.pair_id}: {_trained(pair)}")
     margin, p = number(pair.margin, 3), number(pair.p, 3)
     say(console, f"source {pair.prompt_source}, margin {margin}, p {p}")
     if pair.comparison is not None:
         say(console, f"judge: {_comparison(pair.comparison)}")
+        _print_voices(console, pair.comparison.voices, ("chosen", "rejected"))
     _print_section(console, "prompt", _prompt(pair))
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        _print_section(console, f"{name}: {_side(side)}", side.text)
+        _print_side(console, name, side)
+
+
+def _print_response(console: Console, row: ResponseView) -> None:
+    word = "good" if row.good else "bad"
+    say(console, f"{word} response {row.row_id}: {_trained(row)}")
+    margin = number(row.margin, 3)
+    say(console, f"source {row.prompt_source}, {margin} from the threshold")
+    _print_section(console, "prompt", _prompt(row))
+    _print_side(console, word, row.response)
+
+
+def _print_side(console: Console, name: str, side: Side) -> None:
+    _print_section(console, f"{name}: {_side(side)}", side.text)
+    _print_voices(console, side.voices, ("good", "bad"))
+
+
+def _print_voices(console: Console, voices: Sequence[Voice], words: tuple[str, str]) -> None:
+    """What each said, a line each, and how far they agree."""
+    width = max((len(voice.name) for voice in voices), default=0)
+    for voice in voices:
+        say(console, f"  {voice.name:<{width}}  {_said(voice, words)}{_why(_reasons(voice))}")
+    if (agreement := agreed(voices)) is not None:
+        same, answered = agreement
+        share = f"all {answered}" if same == answered else f"{same} of {answered}"
+        say(console, f"  {share} agree")
+
+
+def _said(voice: Voice, words: tuple[str, str]) -> str:
+    if voice.role == "annotator":
+        names = {1.0: words[0], 0.5: "tie", 0.0: words[1], None: "skipped"}
+        return names[voice.ps[0]]
+    return ", ".join("no verdict" if p is None else f"p {number(p, 3)}" for p in voice.ps)
+
+
+def _reasons(voice: Voice) -> str:
+    return visible("; ".join(voice.reasons))
 
 
 def _print_section(console: Console, title: str, text: str) -> None:
@@ -202,19 +248,20 @@ def _shown_path(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _origin(pair: PairView) -> str:
-    kind, _, made = pair.origin.partition("-")
-    if kind == "round" and made.isdigit():
-        return f"the samples of round {int(made)}"
-    return pair.origin
+def _trained(row: PairView | ResponseView) -> str:
+    rounds = ", ".join(str(n) for n in row.rounds)
+    kind, _, made = row.origin.partition("-")
+    sampled = kind == "round" and made.isdigit()
+    origin = f"the samples of round {int(made)}" if sampled else row.origin
+    return f"trained on in round {rounds}, from {origin}"
 
 
-def _prompt(pair: PairView) -> str:
-    if pair.prompt is None:
-        return f"(not among the campaign's prompts; it comes with {pair.origin})"
-    if pair.prompt.text is not None:
-        return pair.prompt.text.rstrip("\n")
-    return "\n".join(f"{m.role}: {m.content}" for m in pair.prompt.messages)
+def _prompt(row: PairView | ResponseView) -> str:
+    if row.prompt is None:
+        return f"(not among the campaign's prompts; it comes with {row.origin})"
+    if row.prompt.text is not None:
+        return row.prompt.text.rstrip("\n")
+    return "\n".join(f"{m.role}: {m.content}" for m in row.prompt.messages)
 
 
 def _comparison(comparison: Comparisons) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import os
 import random
 import time
 import weakref
@@ -23,8 +24,9 @@ from online_dpo.paid.calls import CallContext, Calls
 from online_dpo.paid.chat import CallFault, ChatReply, ChatRequest, Estimate, RequestRefused
 from online_dpo.paid.ledger import Ledger
 from online_dpo.paid.ledger_rows import GATHERING, Entry, Limits
+from online_dpo.paid.model_names import is_same_model
 from online_dpo.paid.prices import Prices, Tariff, asked_tier
-from online_dpo.paid.rates import Pace
+from online_dpo.paid.rates import Rates, Taken, endpoint_of
 from online_dpo.paid.reservations import Reservations, committed
 from online_dpo.paid.reuse import EarlierLedgers
 from online_dpo.paid.tally import Tally
@@ -39,6 +41,9 @@ MAX_PAUSE_S = 60.0
 BACKOFF_S = 0.5
 """The longest wait before the second attempt; it doubles with each."""
 
+
+RATE_POLL_S = 0.25
+"""The longest wait before rates are looked at again: calls that end may have used less."""
 
 POOL_SIZE = 16
 """Requests in flight for each pool of connections, which looks at all it has with every request."""
@@ -63,6 +68,8 @@ class _Call:
     waiting: Entry | None = None
     """Its row, where a batch that was handed in earlier holds it."""
     spent_s: float = 0.0
+    taken: Taken | None = None
+    """What the attempt under way has taken of the rates."""
 
     @property
     def in_batch(self) -> bool:
@@ -99,8 +106,8 @@ class Door:
         self._earlier = EarlierLedgers(config.reuse_from)
         self._reservations = Reservations(Limits(**config.budget.model_dump()))
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._requests = Pace(config.requests_per_minute)
-        self._tokens = Pace(config.tokens_per_minute)
+        self._rates: dict[tuple[str | None, str], Rates] = {}
+        self._queues: dict[tuple[str | None, str], asyncio.Lock] = {}
         self._jitter = random.Random()
         self._ledger: Ledger | None = None
         self._batches: Batches | None = None
@@ -182,7 +189,7 @@ class Door:
                     call.waiting, call.tariff = known, self._tariff(request, estimate, known.tier)
                     return await self._buy(call)
                 self._tally.add("from_ledger")
-                return self._tally.answered(request.model, reply_from(known, cached=True))
+                return self._accepted(call, reply_from(known, cached=True))
         except RequestRefused:
             raise
         except CampaignError as error:
@@ -237,7 +244,7 @@ class Door:
                 if call.in_batch:
                     return await self._attempt(call)
                 async with self._slots:
-                    await self._keep_pace(call.estimate)
+                    await self._keep_pace(call)
                     return await self._attempt(call)
             except CallFault as fault:
                 where = f" at {call.request.base_url}" if call.request.base_url else ""
@@ -289,8 +296,21 @@ class Door:
             call.spent_s += time.monotonic() - began
             self._reservations.end()
         self._tally.ended(entry)
-        self._tokens.give_back(call.estimate.tokens - entry.tokens)
-        return self._tally.answered(call.request.model, reply_from(entry, cached=False))
+        if call.taken is not None:
+            self._rates_at(call.request).settle(call.taken, entry.tokens)
+        return self._accepted(call, reply_from(entry, cached=False))
+
+    def _accepted(self, call: _Call, reply: ChatReply) -> ChatReply:
+        """A reply that is in the ledger; JudgeError where another model's are refused."""
+        asked = call.request.model
+        self._tally.answered(asked, reply)
+        if self._config.model_mismatch == "refuse" and not is_same_model(asked, reply.model):
+            raise JudgeError(
+                f"The judge {call.entry.judge!r} asked for {asked!r}, and {reply.model!r} answered "
+                f"for prompt {call.entry.prompt_id!r}. Name the model that the endpoint serves in "
+                "judge.options.model, or set judge.model_mismatch: warn, which takes its replies."
+            )
+        return reply
 
     async def _answer(self, call: _Call, entry: Entry) -> ChatReply:
         """One reply, by a request of its own or out of a batch. Raises CallFault."""
@@ -303,11 +323,36 @@ class Door:
             service_tier=self._config.service_tier,
         )
 
-    async def _keep_pace(self, estimate: Estimate) -> None:
-        """Wait until the rates allow another request, or the door closes."""
-        wait_s = max(self._requests.take(), self._tokens.take(estimate.tokens))
-        if wait_s > 0:
-            await self._sleep(wait_s)
+    async def _keep_pace(self, call: _Call) -> None:
+        """Wait until the endpoint's rates allow this request, first come, or the door closes.
+
+        Raises ConfigError for a call that may use more than a minute's tokens.
+        """
+        tokens, rates = call.estimate.tokens, self._rates_at(call.request)
+        async with self._queues.setdefault(_place(call.request), asyncio.Lock()):
+            while not self._closed.is_set():
+                taken = rates.take(tokens)
+                if isinstance(taken, Taken):
+                    call.taken = taken
+                    return
+                if math.isinf(taken):
+                    raise ConfigError(
+                        f"judge.tokens_per_minute: {self._config.tokens_per_minute} is less than "
+                        f"the {tokens} tokens that one call may use. Raise it, or lower "
+                        "judge.options.max_tokens."
+                    )
+                await self._sleep(min(taken, RATE_POLL_S))
+
+    def _rates_at(self, request: ChatRequest) -> Rates:
+        """What this door keeps to at a request's endpoint, which other doors may use as well."""
+        place = _place(request)
+        if place not in self._rates:
+            self._rates[place] = Rates(
+                endpoint_of(request.base_url, os.environ.get(request.api_key_env)),
+                requests_per_minute=self._config.requests_per_minute,
+                tokens_per_minute=self._config.tokens_per_minute,
+            )
+        return self._rates[place]
 
     async def _pause(self, call: _Call, attempt: int, fault: CallFault, message: str) -> None:
         """Wait twice as long each time, or at least as long as the server asks, with jitter.
@@ -342,8 +387,12 @@ class Door:
     def _client(self, request: ChatRequest) -> OpenAIChat:
         from online_dpo.paid.openai_client import OpenAIChat
 
-        place = (request.base_url, request.api_key_env)
+        place = _place(request)
         pool = (*place, next(self._turns))
         if pool not in self._clients:
             self._clients[pool] = OpenAIChat(*place)
         return self._clients[pool]
+
+
+def _place(request: ChatRequest) -> tuple[str | None, str]:
+    return request.base_url, request.api_key_env

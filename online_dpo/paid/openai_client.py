@@ -23,6 +23,7 @@ from online_dpo.paid.chat import (
     Usage,
     missing_key,
 )
+from online_dpo.paid.model_names import UNNAMED
 
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 """Codes of a quota that is used up, which waiting does not mend."""
@@ -151,7 +152,7 @@ def reply_of(completion: object) -> ChatReply:
     return ChatReply(
         text=_storable(refusal or message.content or ""),
         finish_reason=choice.finish_reason or "unknown",
-        model=completion.model or "unknown",
+        model=completion.model or UNNAMED,
         tokens_in=usage.tokens_in,
         tokens_out=usage.tokens_out,
         refused=bool(refusal),

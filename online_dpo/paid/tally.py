@@ -8,6 +8,7 @@ from typing import Any
 
 from online_dpo.paid.chat import PICO, ChatReply
 from online_dpo.paid.ledger_rows import Entry
+from online_dpo.paid.model_names import is_same_model
 from online_dpo.paid.prices import Tariff
 
 
@@ -20,6 +21,7 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._answered_by: dict[str, str] = {}
         self._priced: set[str] = set()
+        self._mistaken: set[str] = set()
 
     def begin(self) -> None:
         """Count anew."""
@@ -42,6 +44,13 @@ class Tally:
             self._answered_by[model] = reply.model
             message = f"{model!r} was answered by {before!r} and now by {reply.model!r}"
             self._on_event({"event": "judge_model_changed", "message": message})
+        if not is_same_model(model, reply.model):
+            self._counts["other_model"] += 1
+            if model not in self._mistaken:
+                self._mistaken.add(model)
+                message = f"The judge {self._judge!r} asked for {model!r}, and {reply.model!r} "
+                message += "answered. judge.model_mismatch: refuse takes no such reply."
+                self._on_event({"event": "judge_model_mismatch", "message": message})
         return reply
 
     def priced(self, model: str, tier: str | None, tariff: Tariff | None) -> None:

@@ -23,6 +23,7 @@ from online_dpo.records import (
 from online_dpo.stages.context import Context
 from online_dpo.stages.origin import policy_zero
 from online_dpo.stages.sample import load_policy, progress_listener, prompt_request
+from online_dpo.store import RoundDir
 from online_dpo.tables import read_table, response_from_answer, responses_by_prompt, write_table
 
 Row = dict[str, Any]
@@ -160,19 +161,44 @@ def _shown(context: Context, total: int) -> Iterator[Callable[[float], None] | N
 def _scored_answers(context: Context, number: int) -> dict[str, Row]:
     """An earlier evaluation's answers with their scores by the judge of today.
 
-    Where that was another judge, or had other options, the stored answers are scored again: two
-    judges' scores do not compare.
+    Where that was another judge, or had other options, the stored answers are scored again, once
+    for all rounds of this judge: two judges' scores do not compare.
     """
     rows = _answers(context, number)
-    if context.run.round(number).manifest("evaluation").get("judge") == _judge_facts(context):
+    facts = _judge_facts(context)
+    evaluation = context.run.round(number).manifest("evaluation")
+    if evaluation.get("judge") == facts:
         return rows
+    name = f"rescored/round-{number:03d}-{sha256_text(json.dumps(facts, sort_keys=True))[:16]}"
+    inputs = {"evaluation": evaluation["sha256"]}
+    holder = _holder(context, name, inputs) or context.round
+    if holder is context.round and not holder.has(name):
+        _rescore(context, rows, name, inputs=inputs, facts=facts)
+    scores = {r["prompt_id"]: r for r in read_table(holder.verify(name) / "rescored.parquet")}
+    return {prompt_id: {**row, **scores[prompt_id]} for prompt_id, row in rows.items()}
+
+
+def _holder(context: Context, name: str, inputs: Mapping[str, str]) -> RoundDir | None:
+    """The round so far that holds these scores, of these very answers."""
+    rounds = map(context.run.round, range(context.round.number, 0, -1))
+    held = (r for r in rounds if r.has(name) and r.manifest(name)["inputs"] == inputs)
+    return next(held, None)
+
+
+def _rescore(
+    context: Context, rows: Mapping[str, Row], name: str, *, inputs: Mapping[str, str], facts: Row
+) -> None:
+    """Commit the scores that the judge of today gives to an earlier evaluation's answers."""
     prompts = context.load_prompts().by_id
-    answers = [(prompts[i], response_from_answer(row)) for i, row in rows.items()]
-    scores = _scores(context, answers)
-    return {
-        row["prompt_id"]: {**row, "score": score.value}
-        for row, score in zip(rows.values(), scores, strict=True)
-    }
+    scores = _scores(context, [(prompts[i], response_from_answer(r)) for i, r in rows.items()])
+    table = [
+        {"prompt_id": prompt_id, "score": score.value, "reason": score.reason}
+        for prompt_id, score in zip(rows, scores, strict=True)
+    ]
+    with context.round.commit(name, inputs=inputs) as draft:
+        write_table(draft.path / "rescored.parquet", "rescored", table)
+        draft.rows = len(table)
+        draft.facts = {"judge": facts}
 
 
 def _judge_facts(context: Context) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
 from online_dpo.stages.implicit_rewards import reference_logps
+from online_dpo.stages.sample import budget_of_shard
 from online_dpo.tables import read_table, responses_by_prompt, write_table
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def label_shard(context: Context, shard: str, bar: Bar) -> None:
             purpose=f"round-{context.round.number:03d}",
             on_share=lambda share: bar.set(before + int(share * len(items))),
             reference_logps=reference_logps(context, shard),
+            budget=budget_of_shard(context, shard),
         )
         table = [r for item, label in zip(items, labels, strict=True) for r in _rows(item, label)]
     inputs = {"samples": context.round.manifest(shard)["sha256"]}

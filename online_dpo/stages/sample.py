@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.asking.answers import buy_answers
+from online_dpo.asking.comparison_schedules import part_of_budget
 from online_dpo.paid.ledger import LEDGER
 from online_dpo.progress import Bar
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, derive_seed, to_dict
@@ -36,6 +37,16 @@ def sample(context: Context) -> Iterator[str]:
 def shard_names(context: Context) -> list[str]:
     """The shards of the round, whether or not they are there yet."""
     return list(_shards(context))
+
+
+def budget_of_shard(context: Context, name: str) -> int | None:
+    """A shard's part of `judge.comparisons_per_round`, by the round's plan alone; None without."""
+    total = context.config.judge.comparisons_per_round
+    if total is None:
+        return None
+    shards = _shards(context)
+    sizes = [len(prompt_ids) for prompt_ids in shards.values()]
+    return part_of_budget(sizes, list(shards).index(name), total=total)
 
 
 def load_policy(context: Context, policy: ModelRef) -> dict[str, Any]:
