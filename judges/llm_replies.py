@@ -109,11 +109,11 @@ _QUOTES = (
     re.compile(r"```.*?(?:```|\Z)", re.DOTALL),
     re.compile(r"^[ \t]*>.*$", re.MULTILINE),
     re.compile(rf"`(?!{_BARE}`)[^`\n]*`", re.IGNORECASE),
-    re.compile(rf"\u201c(?!{_BARE}\u201d)[^\u201d]*\u201d", re.IGNORECASE),
 )
+_CURLY = re.compile(rf"\u201c(?!{_BARE}\u201d)[^\u201d]*\u201d", re.IGNORECASE)
 _QUOTED_LINE = re.compile(rf'"(?!{_BARE}")[^"\n]*"', re.IGNORECASE)
 _QUOTED = re.compile(rf'"(?!{_BARE}")[^"]*"', re.IGNORECASE)
-_LEAD = r"^\W*(?:(?:my|the|final|overall|total)\s+)*"
+_LEAD = r"^[^\w\n]*(?:(?:my|the|final|overall|total)\s+)*"
 _MARKERS = re.compile(
     rf"\[\[\s*(?P<marker>{_BARE}|c)\s*\]\]"
     rf"|{_LEAD}verdict\W*(?:is\b\W*)?(?:(?:response|answer)\W+)?(?P<line>{_BARE})\b\W*$"
@@ -130,6 +130,10 @@ def _own_words(text: str, fence: str, responses: Sequence[str]) -> str:
     repeated = [re.compile(re.escape(body)) for body in sorted(whole, key=len, reverse=True)]
     for quote in (fenced, *repeated, *_QUOTES):
         text = quote.sub(_blank, text)
+    # Behind the last closing mark no quote ends; to look for its end from every opening mark would
+    # take time with the square of the reply's length.
+    end = text.rfind("\u201d") + 1
+    text = _CURLY.sub(_blank, text[:end]) + text[end:]
     # Quotation marks that are all paired may hold several lines.
     return (_QUOTED if text.count('"') % 2 == 0 else _QUOTED_LINE).sub(_blank, text)
 
@@ -187,6 +191,7 @@ def _numbers(found: dict[str, Any], names: Sequence[str]) -> Iterator[float | No
     for name in names:
         score = found.get(name)
         if isinstance(score, int | float) and not isinstance(score, bool):
-            yield float(score)
+            # Whole numbers have no largest one, floats do; neither is a score of any rubric.
+            yield float(score) if -1e9 < score < 1e9 else float("inf")
         else:
             yield None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from online_dpo.control_tokens import encode_chat, encode_text
 from online_dpo.errors import ConfigError
-from online_dpo.records import Prompt, Response, Score
+from online_dpo.records import Message, Prompt, Response, Score
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +81,10 @@ class RewardModel:
 
     def _ids(self, prompt: Prompt, response: Response) -> list[int]:
         if not prompt.messages or self._tokenizer.chat_template is None:
-            return list(self._tokenizer(prompt.content + response.text).input_ids)
-        conversation = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        conversation.append({"role": "assistant", "content": response.text})
-        text = self._tokenizer.apply_chat_template(conversation, tokenize=False)
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+            text = prompt.content + response.text
+            return encode_text(self._tokenizer, text, add_special_tokens=True)
+        conversation = (*prompt.messages, Message("assistant", response.text))
+        return encode_chat(self._tokenizer, conversation, add_generation_prompt=False)
 
     def _logits(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """(B,) scores of right-padded sequences."""

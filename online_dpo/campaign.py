@@ -37,7 +37,7 @@ from online_dpo.errors import (
     LockedError,
     SignalError,
 )
-from online_dpo.files import disk_faults, remove_tree
+from online_dpo.files import disk_faults, private_files, remove_tree
 from online_dpo.locks import RunLock
 from online_dpo.loop import Loop
 from online_dpo.models.pinning import check_pin
@@ -145,7 +145,7 @@ def _view(folder: RunDir) -> Campaign:
 
 
 def _create(folder: RunDir, loaded: LoadedConfig) -> None:
-    with disk_faults(folder.path):
+    with disk_faults(folder.path), private_files():
         folder.path.mkdir(parents=True, exist_ok=True)
         if any(p.name not in ("lock", "workers.lock") for p in folder.path.iterdir()):
             raise ConfigError(
@@ -196,7 +196,7 @@ def _hold_and_run(
 ) -> Campaign:
     shown = progress or make_progress(quiet=True)
     try:
-        with disk_faults(folder.path), stop_on_signals():
+        with disk_faults(folder.path), stop_on_signals(), private_files():
             lock = RunLock(folder.path)
             try:
                 check_pin(folder)

@@ -321,9 +321,9 @@ def _finish(campaign: Campaign, starts: int) -> None:
 
 
 def _fail(error: CampaignError | SignalError, debug: bool) -> None:
-    if debug or error.exit_code == 1:
-        traceback.print_exception(error.__cause__ or error)
     say: Callable[[str], None] = lambda text: typer.echo(visible(text), err=True)  # noqa: E731
+    if debug or error.exit_code == 1:
+        say("".join(traceback.format_exception(error.__cause__ or error)))
     say(f"error: {error.message}")
     if error.safe:
         say(f"safe: {error.safe}")

@@ -658,10 +658,19 @@ class ComputeConfig(Section):
     """CPU threads of a worker; None is torch's default. Recorded: results depend on it."""
 
 
+def _folder_name(name: str) -> str:
+    """A name that makes one folder in the folder that it is put in, on any system."""
+    if name.strip(". ") != name or not name.isprintable() or len(name.encode()) > 200:
+        raise ValueError("should be printable, not begin or end with '.' or ' ', of 200 bytes")
+    if set(name) & set('/\\:*?"<>|'):
+        raise ValueError('should be a name, without any of / \\ : * ? " < > |')
+    return name
+
+
 class CampaignConfig(Section):
     """The loop."""
 
-    name: str | None = None
+    name: Annotated[str, _NOT_EMPTY, AfterValidator(_folder_name)] | None = None
     """Name in reports; the config file's stem where unset."""
     rounds: Count = 3
     """Rounds after round 000."""

@@ -31,6 +31,12 @@ class LoadedConfig:
     source: str
 
 
+MAX_BYTES = 1 << 20
+"""Of a YAML file."""
+
+MAX_VALUES = 100_000
+"""Values of a YAML text, those that aliases repeat counted each time."""
+
 _PLAIN_TAGS = frozenset(("map", "seq", "str", "int", "float", "bool", "null"))
 
 
@@ -172,23 +178,34 @@ def _find_config(path: str | Path) -> Path:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            data = opened.read(MAX_BYTES + 1)
+        text = data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{file} is no config: it is larger than {MAX_BYTES >> 20} MiB.")
+    return text
 
 
 def _parse(text: str, source: str, lines: Lines) -> dict[str, Any]:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         data = None if node is None else _build(loader, node, (), source, lines)
+    except ConfigError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: not usable: {_shortly(error)}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark is not None else source
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{place}: not valid YAML: {problem}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(data, dict):
         raise ConfigError(
             f"{source}: a config is a mapping of sections, this is {type(data).__name__}"
@@ -196,7 +213,13 @@ def _parse(text: str, source: str, lines: Lines) -> dict[str, Any]:
     return data
 
 
+def _shortly(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+
+
 def _build(loader: _Loader, node: yaml.Node, path: KeyPath, source: str, lines: Lines) -> Any:
+    if len(lines) > MAX_VALUES:
+        raise ConfigError(f"{source}: more than {MAX_VALUES} values; aliases repeat what they name")
     lines.setdefault(path, node.start_mark.line + 1)
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
         raise ConfigError(f"{source}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
@@ -247,14 +270,18 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _scalar_or_flow(text: str, override: str) -> Any:
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else _build(loader, node, (), f"--set {override}", Lines())
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _validate(data: dict[str, Any], source: str, lines: Lines, overrides: Sequence[str]) -> Config:
@@ -295,7 +322,7 @@ def _resolve_paths(config: Config, base: Path, stem: str) -> Config:
     campaign = data["campaign"]
     campaign["name"] = campaign["name"] or stem
     campaign["run_dir"] = os.path.abspath(campaign["run_dir"] or Path("runs") / campaign["name"])
-    return Config.model_validate(data)
+    return _validate(data, str(base / stem), Lines(), ())
 
 
 def _members(options: dict[str, Any]) -> list[dict[str, Any]]:

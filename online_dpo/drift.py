@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from online_dpo import strict_json
 from online_dpo.clashes import CALLING
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
@@ -231,8 +232,9 @@ def _amended(folder: RunDir, config: Config) -> Config:
     if not files:
         return config
     try:
-        return Config.model_validate(json.loads(files[-1].read_text())["config"])
-    except (ValueError, KeyError) as error:
+        data = strict_json.loads(files[-1].read_text(encoding="utf-8"))
+        return Config.model_validate(data["config"])
+    except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{files[-1]} is not a valid amendment: {error}") from error
 
 

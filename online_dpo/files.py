@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from online_dpo.errors import CampaignError, CorruptError, DiskError
+from online_dpo import strict_json
+from online_dpo.errors import CampaignError, ConfigError, CorruptError, DiskError
 
 PARTIAL = ".partial"
 """The suffix of what is not complete; a path without it is."""
@@ -65,7 +67,8 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Make `path` hold `text`, wholly or not at all: write, fsync, rename, fsync the parent."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:  # "x" follows no link.
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -81,11 +84,35 @@ def to_json(data: Any) -> str:
 def read_json(path: Path) -> Any:
     """The JSON of a committed file. Raises CorruptError where it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptError(f"{path} is missing.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise CorruptError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """What this process and its children make meanwhile is their user's alone: 0700 and 0600."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConfigError where a folder holds links or devices: writing there could go anywhere."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):  # It has just been renamed or removed.
+                kind = path.lstat().st_mode
+                if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                    raise ConfigError(
+                        f"{path} is a link or a device; a run directory holds files and folders "
+                        "alone. Put in its place what it points to."
+                    )
 
 
 def remove_tree(path: Path) -> None:

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from online_dpo.display.visible import visible
+
 
 class Bar(Protocol):
     """One stage's count of items."""
@@ -85,7 +87,7 @@ class PlainProgress:
         self._round = ""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
     def round(self, number: int, of: int) -> None:
         self._round = f"round {number:03d}/{of:03d}  "
@@ -149,7 +151,7 @@ class LiveProgress:
         self._rounds: Any = None
 
     def note(self, text: str) -> None:
-        self._rich.console.print(text, highlight=False, markup=False)
+        self._rich.console.print(visible(text), highlight=False, markup=False)
 
     def round(self, number: int, of: int) -> None:
         if self._rounds is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from online_dpo import strict_json
 from online_dpo.errors import ConfigError
 
 
@@ -71,7 +72,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             continue
         try:
             # A file may begin with a byte order mark.
-            values = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            values = strict_json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+            if b"\\u" in raw:
+                json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield Row(line, None, "half of a surrogate pair, which is no text", excerpt(str(raw)))
+            continue
         except ValueError as error:
             shown = excerpt(raw.decode("utf-8", errors="replace"))
             yield Row(line, None, f"not JSON: {error}", shown)

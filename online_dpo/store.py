@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from online_dpo import strict_json
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.files import (
     PARTIAL,
@@ -19,6 +20,7 @@ from online_dpo.files import (
     file_hashes,
     fsync_path,
     read_json,
+    refuse_links,
     remove_tree,
     sha256_file,
     size_of,
@@ -52,10 +54,11 @@ class RunDir:
         return (self.path / "campaign.yaml").is_file()
 
     def require(self) -> None:
-        """Raise ConfigError where this folder is no campaign."""
+        """Raise ConfigError where this folder is no campaign, or leads out of itself."""
         if not self.exists:
             what = "does not exist" if not self.path.exists() else "holds no campaign.yaml"
             raise ConfigError(f"{self.path} is no run directory: it {what}.")
+        refuse_links(self.path)
 
     def round(self, number: int) -> RoundDir:
         return RoundDir(self, number)
@@ -276,5 +279,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            rows.append(strict_json.loads(line))
     return rows

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from online_dpo.control_tokens import encode_chat, encode_text
 from online_dpo.errors import ConfigError
 from online_dpo.records import Message, Prompt, prompt_id
 from online_dpo.rows import Row, excerpt, kind_of, read_rows
@@ -69,7 +70,8 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple
     """The ids that every sampler is given: exactly one BOS where the tokenizer uses one, no EOS.
 
     Messages go through the chat template and end with its generation prompt; plain text never does.
-    Raises ConfigError for messages where the tokenizer has no template.
+    A control token that a text spells out stays text. Raises ConfigError for messages where the
+    tokenizer has no template.
     """
     if prompt.text is not None:
         return _plain(tokenizer, prompt.text)
@@ -79,16 +81,15 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple
             "has no chat template. Name a template file in model.chat_template, or give the "
             "prompts as plain text."
         )
-    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = encode_chat(tokenizer, prompt.messages, add_generation_prompt=True)
     except Exception as error:
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         raise ConfigError(
             f"The chat template cannot render a prompt of {prompt.source!r}: {error}. "
             f"The prompt: {excerpt(messages)}"
         ) from error
-    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    return _with_one_bos(tokenizer, ids)
+    return _with_one_bos(tokenizer, tuple(ids))
 
 
 def decode_response(
@@ -130,7 +131,7 @@ def encode_answer(
 
     Raises ConfigError where an EOS is wanted and the tokenizer has none.
     """
-    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = tuple(encode_text(tokenizer, text))
     if not append_eos:
         return ids
     if tokenizer.eos_token_id is None:
@@ -268,7 +269,10 @@ def _row_excerpt(row: Row, source: Mapping[str, Any]) -> str:
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    ids = tuple(tokenizer(text).input_ids)
+    if _uses_bos(tokenizer):  # One that the text begins with is the one that is added.
+        while text.startswith(str(tokenizer.bos_token)):
+            text = text.removeprefix(str(tokenizer.bos_token))
+    ids = tuple(encode_text(tokenizer, text, add_special_tokens=True))
     around = tokenizer("").input_ids
     if around and around[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
         ids = ids[:-1]
@@ -276,8 +280,14 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def _with_one_bos(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> tuple[int, ...]:
-    bos = tokenizer.bos_token_id
-    if bos is None or bos not in tokenizer("").input_ids[:1]:
+    if not _uses_bos(tokenizer):
         return ids
+    bos = int(tokenizer.bos_token_id)
     begin = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     return (bos, *ids[begin:])
+
+
+def _uses_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a BOS before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and bos in tokenizer("").input_ids[:1]

@@ -21,7 +21,12 @@ LIGHT = [
 ]
 ALLOWED = {
     "vllm": {"samplers/vllm.py"},
-    "openai": {"samplers/openai_server.py", "paid/openai_client.py", "paid/openai_batches.py"},
+    "openai": {
+        "endpoints.py",
+        "samplers/openai_server.py",
+        "paid/openai_client.py",
+        "paid/openai_batches.py",
+    },
 }
 
 

@@ -260,8 +260,7 @@ def test_a_long_answer_is_cut_with_what_is_missing_counted(
 def test_models_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"name": HOSTILE, "rounds": 1, "run_dir": str(tmp_path / "demo")}
-    run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE, config={"campaign": names})
+    run = make_run(tmp_path, rounds=1, odd_answer=HOSTILE, sources=(HOSTILE,))
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
     print_summary(Campaign(run))
     print_row(Campaign(run), pair["pair_id"])

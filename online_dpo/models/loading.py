@@ -12,6 +12,7 @@ import torch
 
 from online_dpo.errors import ConfigError
 from online_dpo.models.adapter_files import is_adapter
+from online_dpo.models.folder_check import refuse_code
 from online_dpo.models.generation_config import neutral_generation_config
 from online_dpo.models.pinning import base_folder
 
@@ -67,6 +68,8 @@ def load_model(
         )
     from transformers import AutoModelForCausalLM
 
+    if not trust_remote_code:
+        refuse_code(folder)
     _hide_progress_bars()
     extra = _quantized(dtype, device) if quantize else {}
     try:
@@ -152,6 +155,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    if not trust_remote_code:
+        refuse_code(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -9,6 +9,7 @@ from typing import Any
 from online_dpo.errors import ConfigError, CorruptError, DriftError
 from online_dpo.files import combined_hash, read_json, sha256_file
 from online_dpo.models.adapter_files import base_of, is_adapter
+from online_dpo.models.folder_check import refuse_code, refuse_pickles
 from online_dpo.records import ModelRef
 from online_dpo.store import RunDir
 
@@ -53,8 +54,11 @@ def check_pin(run: RunDir) -> None:
         )
 
 
-def pin_model(path: str, revision: str | None) -> dict[str, Any]:
-    """Path, commit and file hashes of a local folder or hub model."""
+def pin_model(path: str, revision: str | None, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Path, commit and file hashes of a local folder or hub model.
+
+    Raises ConfigError for a model that brings code or pickles along, unless its code is trusted.
+    """
     if Path(path).is_dir():
         if revision is not None:
             raise ConfigError(f"model.revision is for hub models; {path} is a local folder.")
@@ -67,6 +71,10 @@ def pin_model(path: str, revision: str | None) -> dict[str, Any]:
             f"model.path: {folder} holds an adapter, which is no model by itself. Merge it into "
             "its base first; `online-dpo export` does that with a campaign's policy."
         )
+    if not trust_remote_code:
+        refuse_code(folder)
+        if not recorded.startswith(HUB):  # There the cache holds what others have fetched, too.
+            refuse_pickles(folder)
     hashes = _hashes(folder)
     if not any(name.endswith(".safetensors") for name in hashes):
         raise ConfigError(f"{folder} has no .safetensors file; only safetensors weights are read.")

@@ -147,8 +147,11 @@ def _plan(config: Config, reference: str | Path | None) -> RoundPlan:
             f"The loss {describe_loss(config.train.loss)} compares with no reference; leave "
             f"{reference} (--reference) out."
         )
-    policy = _pinned(config.model.path, config.model.revision)
-    frozen = policy if reference is None else _pinned(str(reference), None)
+    trusted = config.model.trust_remote_code
+    policy = _pinned(config.model.path, config.model.revision, trust_remote_code=trusted)
+    frozen = policy
+    if reference is not None:
+        frozen = _pinned(str(reference), None, trust_remote_code=trusted)
     lora = config.train.lora
     if frozen != policy and lora is not None and lora.quantization is not None:
         raise ConfigError(
@@ -173,8 +176,8 @@ def _plan(config: Config, reference: str | Path | None) -> RoundPlan:
     )
 
 
-def _pinned(path: str, revision: str | None) -> ModelRef:
-    pin = pin_model(path, revision)
+def _pinned(path: str, revision: str | None, *, trust_remote_code: bool) -> ModelRef:
+    pin = pin_model(path, revision, trust_remote_code=trust_remote_code)
     return ModelRef(pin["path"], pin["sha256"])
 
 

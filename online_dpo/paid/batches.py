@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from online_dpo.config import BatchConfig, JudgeConfig
-from online_dpo.errors import JudgeError
+from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.paid.chat import CallFault, ChatReply, ChatRequest
 from online_dpo.paid.ledger import Ledger
 from online_dpo.paid.ledger_rows import GATHERING, Batch, Entry
@@ -170,6 +170,14 @@ class Batches:
     async def _take_up(self, id: str, group: list[_Waiting]) -> None:
         """See a batch through that was handed in before, perhaps by another process."""
         batch = await committed(self._ledger.batch(id))
+        asked = group[0].request
+        if (batch.base_url, batch.api_key_env) != (asked.base_url, asked.api_key_env):
+            # A ledger may come from somebody else: its addresses are sent no key.
+            raise ConfigError(
+                f"The batch {batch.remote or batch.id} was handed in at {batch.base_url} with the "
+                f"key in {batch.api_key_env}; the config asks {asked.base_url} with the key in "
+                f"{asked.api_key_env}. Ask as it was handed in, until the batch is done."
+            )
         client, remote = self._client(batch), batch.remote
         try:
             if remote is None and (remote := await self._find(client, batch)) is not None:

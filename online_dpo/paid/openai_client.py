@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import openai
 from openai.types.chat import ChatCompletion
 
+from online_dpo.endpoints import connect
 from online_dpo.errors import ConfigError
 from online_dpo.paid.chat import (
     NUM_LOGPROBS,
@@ -28,15 +30,12 @@ from online_dpo.paid.model_names import UNNAMED
 EXHAUSTED = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 """Codes of a quota that is used up, which waiting does not mend."""
 
-NO_KEY = "none"
-"""What is sent to a server that asks for no key; the client refuses to send nothing."""
-
 
 class OpenAIChat:
     """A connection pool to one endpoint, for one event loop."""
 
     def __init__(self, base_url: str | None, api_key_env: str) -> None:
-        """Raises ConfigError where a key is needed and the environment has none."""
+        """Raises ConfigError where a key is needed and there is none, or would not be safe."""
         key = os.environ.get(api_key_env)
         if not key and base_url is None:
             raise ConfigError(missing_key(api_key_env))
@@ -44,9 +43,7 @@ class OpenAIChat:
         unset = f"the environment variable {api_key_env} is not set"
         self._key_hint = f" (the key in {api_key_env})" if key else f" ({unset})"
         # Retries are the caller's: the client's own would try an exhausted quota again.
-        self.client = openai.AsyncOpenAI(
-            api_key=key or NO_KEY, base_url=base_url, max_retries=0, timeout=None
-        )
+        self.client = connect(base_url, key, key_env=api_key_env)
 
     async def chat(
         self, request: ChatRequest, *, timeout_s: float, service_tier: str | None = None
@@ -75,7 +72,7 @@ class OpenAIChat:
             raise self._status_fault(error) from error
         except openai.APIConnectionError as error:
             raise _connection_fault(error) from error
-        except (openai.OpenAIError, ValueError) as error:
+        except (openai.OpenAIError, ValueError, RecursionError) as error:
             message = f"the reply is no chat completion: {error}"
             raise CallFault(message, retryable=True, fate="unknown") from error
 
@@ -138,7 +135,16 @@ def body_of(request: ChatRequest, *, own: bool) -> dict[str, Any]:
 
 
 def reply_of(completion: object) -> ChatReply:
-    """The client does not check what it is sent: an error page comes as str, fields may be None."""
+    """The client does not check what it is sent. Raises CallFault for what is no completion."""
+    try:
+        return _reply_of(completion)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        message = f"the reply is no chat completion: {type(error).__name__}: {_shown(str(error))}"
+        raise CallFault(message, retryable=True, fate="unknown") from error
+
+
+def _reply_of(completion: object) -> ChatReply:
+    """An error page comes as str, fields may be None or of any type."""
     if not isinstance(completion, ChatCompletion):
         fault = f"the reply is no chat completion: {_shown(str(completion))}"
         raise CallFault(fault, retryable=True, fate="unknown")
@@ -151,8 +157,8 @@ def reply_of(completion: object) -> ChatReply:
     refusal = message.refusal
     return ChatReply(
         text=_storable(refusal or message.content or ""),
-        finish_reason=choice.finish_reason or "unknown",
-        model=completion.model or UNNAMED,
+        finish_reason=_storable(choice.finish_reason or "unknown"),
+        model=_storable(completion.model or UNNAMED),
         tokens_in=usage.tokens_in,
         tokens_out=usage.tokens_out,
         refused=bool(refusal),
@@ -166,11 +172,16 @@ def _usage(completion: ChatCompletion) -> Usage:
     counts: Any = completion.usage
     details = getattr(counts, "prompt_tokens_details", None)
     return Usage(
-        getattr(counts, "prompt_tokens", None),
-        getattr(counts, "completion_tokens", None),
-        getattr(details, "cached_tokens", None),
-        completion.service_tier,
+        _count(getattr(counts, "prompt_tokens", None)),
+        _count(getattr(counts, "completion_tokens", None)),
+        _count(getattr(details, "cached_tokens", None)),
+        completion.service_tier if isinstance(completion.service_tier, str) else None,
     )
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens; None for anything else, which is then paid for by its reservation."""
+    return value if type(value) is int and 0 <= value < 1 << 40 else None
 
 
 def _logprobs(content: Sequence[Any] | None) -> tuple[TokenLogprobs, ...] | None:
@@ -180,11 +191,18 @@ def _logprobs(content: Sequence[Any] | None) -> tuple[TokenLogprobs, ...] | None
     return tuple(
         TokenLogprobs(
             _storable(token.token),
-            token.logprob,
-            tuple((_storable(top.token), top.logprob) for top in token.top_logprobs or ()),
+            _logprob(token.logprob),
+            tuple((_storable(t.token), _logprob(t.logprob)) for t in token.top_logprobs or ()),
         )
         for token in content[-NUM_LOGPROBS:]
     )
+
+
+def _logprob(value: float) -> float:
+    """A log-prob as it came; NaN, which JSON does not have, is none."""
+    if math.isnan(value):
+        raise ValueError("a log-prob is NaN")
+    return value
 
 
 def _connection_fault(error: openai.APIConnectionError) -> CallFault:

@@ -16,7 +16,7 @@ from online_dpo.display.judge_table import alarms_of
 from online_dpo.display.visible import visible
 from online_dpo.display.wording import headline, number, remarks, seconds
 from online_dpo.errors import ConfigError
-from online_dpo.files import disk_faults, write_atomic
+from online_dpo.files import disk_faults, private_files, write_atomic
 from online_dpo.loss_rules import describe_loss
 from online_dpo.report import sections
 from online_dpo.report.charts import judge_charts, round_charts, step_charts
@@ -34,7 +34,7 @@ def build_report(campaign: Campaign, out: Path | None = None) -> Path:
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent} does not exist; make it, or name another --out.")
     text = render(campaign)
-    with disk_faults(target):
+    with disk_faults(target), private_files():
         write_atomic(target, text)
     return target
 

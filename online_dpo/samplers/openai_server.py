@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import openai
 
 from online_dpo.config import Endpoint, ModelConfig, SamplingConfig
+from online_dpo.endpoints import connect
 from online_dpo.errors import EngineError
 from online_dpo.models.loading import load_tokenizer
 from online_dpo.records import ModelRef, Response, SamplingParams, SamplingRequest
@@ -37,9 +38,6 @@ CONCURRENCY = 128
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits before a request is tried again, after which its failure is the engine's."""
-
-_NO_KEY = "none"
-"""What is sent to a server that asks for no key; the client refuses to send nothing."""
 
 
 class OpenAIServerSampler:
@@ -194,9 +192,7 @@ class _Server:
         self._endpoint = endpoint
         key = os.environ.get(endpoint.api_key_env) if endpoint.api_key_env else None
         # Retries are ours: the client's own do not reach a server that is restarting.
-        self._client = openai.AsyncOpenAI(
-            base_url=endpoint.url, api_key=key or _NO_KEY, max_retries=0, timeout=None
-        )
+        self._client = connect(endpoint.url, key, key_env=endpoint.api_key_env)
         self._room = asyncio.Semaphore(CONCURRENCY)
 
     async def close(self) -> None:

@@ -7,17 +7,19 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.errors import WaitingError
+from online_dpo.endings import redo_command
+from online_dpo.errors import DriftError, WaitingError
 from online_dpo.paid.ledger import LEDGER, digest_of
 from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
 from online_dpo.stages.implicit_rewards import reference_logps
 from online_dpo.stages.sample import budget_of_shard
+from online_dpo.store import RoundDir
 from online_dpo.tables import read_table, responses_by_prompt, write_table
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ def label_shard(context: Context, shard: str, bar: Bar) -> None:
             budget=budget_of_shard(context, shard),
         )
         table = [r for item, label in zip(items, labels, strict=True) for r in _rows(item, label)]
+    check_judge(context.round, labeller.identity)
     inputs = {"samples": context.round.manifest(shard)["sha256"]}
     with context.round.commit(name, inputs=inputs) as draft:
         write_table(draft.path / "labels.parquet", "labels", table)
@@ -136,6 +139,20 @@ def label_shard(context: Context, shard: str, bar: Bar) -> None:
             rows_paid, digest = digest_of(ledger)
             draft.facts["ledger"] = {"rows": rows_paid, "sha256": digest}
     bar.set(before + len(items))
+
+
+def check_judge(round_dir: RoundDir, judge: Mapping[str, str]) -> None:
+    """Raise DriftError where another judge, or version of it, has labelled a part of the round."""
+    for part in round_dir.children("labels"):
+        earlier = round_dir.manifest(part).get("judge", judge)
+        if earlier != judge:
+            raise DriftError(
+                f"{round_dir.path / part} was labelled by {earlier['name']!r} in version "
+                f"{earlier['version']}, and the judge is now {judge['name']!r} in version "
+                f"{judge['version']}; one round has one judge. Bring the earlier one back, or have "
+                "all of the round labelled anew.",
+                remedy=redo_command(round_dir, "labels"),
+            )
 
 
 def _rows(item: tuple[Prompt, list[Response]], labels: Labels) -> list[Row]:

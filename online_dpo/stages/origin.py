@@ -75,7 +75,9 @@ def _commit_model(context: Context) -> None:
                 out=str(draft.path),
             )
         else:
-            pin = pin_model(config.path or "", config.revision)
+            pin = pin_model(
+                config.path or "", config.revision, trust_remote_code=config.trust_remote_code
+            )
             (draft.path / "pin.json").write_text(json.dumps(pin, indent=2) + "\n")
         draft.facts = {"made_with": context.crew.facts}
 
