@@ -20,6 +20,8 @@ from online_dpo.models.pinning import check_pin, pin_model
 from online_dpo.store import RunDir
 
 COSMETIC = [
+    "alarms",
+    "judge.model_mismatch",
     "campaign.name",
     "campaign.rounds",
     "campaign.retention",
