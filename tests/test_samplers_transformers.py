@@ -73,6 +73,37 @@ def test_the_same_call_gives_the_same_bytes(sampler: TransformersSampler) -> Non
     assert answer(sampler, requests(20)) == answer(sampler, requests(20))
 
 
+def test_a_prompt_is_read_once_for_all_its_responses(tiny_llama: Path) -> None:
+    """By a model that counts tokens; the responses are those of prompts read one for one."""
+    model, tokens = load_model(tiny_llama), 0
+    forward = model.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal tokens
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        assert isinstance(ids, torch.Tensor)
+        tokens += ids.numel()
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    sampler = TransformersSampler(
+        model_source=lambda policy, path: model, tokenizer_source=load_tokenizer, batch_size=64
+    )
+    sampler.load(ModelRef("m", "0"), tiny_llama)
+    prompt = tuple(range(2, 22))
+    group = answer(sampler, [request("p", prompt, *range(8))], max_new_tokens=5)
+    assert len({r.token_ids for r in group}) > 1
+    assert tokens <= 19 + 8 * 5
+    alone = [
+        r
+        for seed in range(8)
+        for r in answer(sampler, [request("p", prompt, seed)], max_new_tokens=5)
+    ]
+    assert [r.token_ids for r in group] == [r.token_ids for r in alone]
+    for one, other in zip(group, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_a_response_depends_on_its_seed_not_on_its_neighbours(tiny_llama: Path) -> None:
     together = answer(open_sampler(tiny_llama), requests(16))
     alone = [
@@ -283,11 +314,11 @@ def test_the_batch_is_halved_when_memory_runs_out(
         batch_size=64,
     )
     limited.load(ModelRef("m", "0"), tiny_llama)
-    got = answer(limited, requests(20))
+    got = answer(limited, requests(40, n=1))
     assert hungry.sizes == [40, 20]
     assert limited.batch_size == 10
-    assert [r.token_ids for r in got] == [r.token_ids for r in answer(sampler, requests(20))]
-    answer(limited, requests(20))
+    assert [r.token_ids for r in got] == [r.token_ids for r in answer(sampler, requests(40, n=1))]
+    answer(limited, requests(40, n=1))
     assert hungry.sizes == [40, 20]
 
 

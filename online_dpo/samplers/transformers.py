@@ -24,7 +24,7 @@ from online_dpo.models.loading import max_length
 from online_dpo.records import ModelRef, Prompt, Response, SamplingParams, SamplingRequest
 from online_dpo.samplers.decode_attention import use_decode_attention
 from online_dpo.samplers.decoding import Ending, SeededChoice, seeded_uniforms
-from online_dpo.samplers.kv_cache import roomy_cache
+from online_dpo.samplers.kv_cache import read_prompts_once, roomy_cache
 from online_dpo.samplers.responses import (
     Output,
     StopStrings,
@@ -226,10 +226,14 @@ class TransformersSampler:
         ending = Ending(limits=limits, eos=self._eos, stop=stop, device=device)
         input_ids, attention_mask = _left_padded([row.prompt for row in rows], device)
         with _plain_generation(self._loaded) as model:
+            cache = roomy_cache(model, input_ids.shape[1] + max(limits))
+            if cache is not None:
+                prompts = [row.request for row in rows]
+                read_prompts_once(model, cache, input_ids, attention_mask, prompts)
             sequences: Tensor = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
-                past_key_values=roomy_cache(model, input_ids.shape[1] + max(limits)),
+                past_key_values=cache,
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits), do_sample=False, pad_token_id=0
                 ),
