@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -46,6 +47,16 @@ class RunLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def holding(run: Path) -> Iterator[None]:
+    """The orchestrator's hold for as long as the block runs."""
+    lock = RunLock(run)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def holder(run: Path) -> dict[str, object] | None:

@@ -209,9 +209,9 @@ class RoundDir:
             for folder in [p for p in draft.path.rglob("*") if p.is_dir()]:
                 fsync_path(folder)
             target = self.path / name
-            remove_tree(target)
-            draft.path.rename(target)
-            fsync_path(target.parent)
+            with _set_aside(target):
+                draft.path.rename(target)
+                fsync_path(target.parent)
         self.run._verified.add(str(manifest["sha256"]))
         return _info(manifest)
 
@@ -262,8 +262,22 @@ class RoundDir:
                 doomed = target.with_name(target.name + PARTIAL)
                 remove_tree(doomed)
                 target.rename(doomed)
+                fsync_path(target.parent)
                 target = doomed
             remove_tree(target)
+
+
+@contextlib.contextmanager
+def _set_aside(target: Path) -> Iterator[None]:
+    """Move what stands in an artifact's place away, and delete it once the new one is there."""
+    aside = target.with_name(f"{target.name}.old{PARTIAL}")
+    there = target.exists()
+    if there:
+        remove_tree(aside)
+        target.rename(aside)
+    yield
+    if there:
+        remove_tree(aside)
 
 
 def _info(manifest: Mapping[str, Any]) -> ArtifactInfo:

@@ -62,7 +62,6 @@ def kill_config(run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 def run_campaign(config: dict[str, Any], moment: dict[str, Any] | None, out: str | None) -> None:
     """Run or resume, in a process of its own; die at a moment, or write the calls counted."""
-    import online_dpo
     from online_dpo.errors import CampaignError, SignalError
 
     fork_workers()
@@ -70,13 +69,25 @@ def run_campaign(config: dict[str, Any], moment: dict[str, Any] | None, out: str
     if moment is not None or out is not None:
         clock.start()
     try:
-        online_dpo.run(config)
+        run_or_resume(config)
     except (CampaignError, SignalError) as error:
         log = Path(config["campaign"]["run_dir"]).with_suffix(".txt")
         log.write_text(f"{error}\nsafe: {error.safe}\nto go on: {error.remedy}\n")
         raise SystemExit(error.exit_code) from None
     finally:
         clock.stop()
+
+
+def run_or_resume(config: dict[str, Any]) -> None:
+    """What a user does: start a campaign, or go on with the one that is there."""
+    import online_dpo
+    from online_dpo.campaign import resume
+
+    run = Path(config["campaign"]["run_dir"])
+    if (run / "campaign.yaml").is_file():
+        resume(run)
+    else:
+        online_dpo.run(config)
 
 
 def start(config: dict[str, Any], moment: Moment | None = None, out: Path | None = None) -> int:
