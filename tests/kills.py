@@ -30,6 +30,8 @@ from tiny import digests, in_child, tiny_config
 PACKAGE = str(Path(__file__).parent.parent / "online_dpo")
 STAGES = ("origin", "sample", "label", "pair", "train", "evaluate", "promote")
 VICTIMS = ("orchestrator", "worker", "group")
+SIGNALS = {"sigint": signal.SIGINT, "sigterm": signal.SIGTERM}
+"""Other victims of a moment: the orchestrator, by a signal that it may answer."""
 _UNCOUNTED = ("workers.py", "worker_main.py", "progress.py", "signals.py")
 """Files whose calls depend on how long something took."""
 
@@ -60,11 +62,21 @@ def kill_config(run: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     return tiny_config(run, **merged)
 
 
-def run_campaign(config: dict[str, Any], moment: dict[str, Any] | None, out: str | None) -> None:
-    """Run or resume, in a process of its own; die at a moment, or write the calls counted."""
+def run_campaign(
+    config: dict[str, Any],
+    moment: dict[str, Any] | None,
+    out: str | None,
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Run or resume, in a process of its own; die at a moment, or write the calls counted.
+
+    `before` is called first and may break something.
+    """
     from online_dpo.errors import CampaignError, SignalError
 
     fork_workers()
+    if before is not None:
+        before()
     clock = _Clock(None if moment is None else Moment(**moment), out)
     if moment is not None or out is not None:
         clock.start()
@@ -90,10 +102,15 @@ def run_or_resume(config: dict[str, Any]) -> None:
         online_dpo.run(config)
 
 
-def start(config: dict[str, Any], moment: Moment | None = None, out: Path | None = None) -> int:
+def start(
+    config: dict[str, Any],
+    moment: Moment | None = None,
+    out: Path | None = None,
+    before: Callable[[], None] | None = None,
+) -> int:
     """The exit code of a run in a forked process; negative for a signal."""
     dying = None if moment is None else asdict(moment)
-    return in_child(run_campaign, config, dying, None if out is None else str(out))
+    return in_child(run_campaign, config, dying, None if out is None else str(out), before)
 
 
 def counted(config: dict[str, Any], out: Path) -> dict[tuple[str, int, str], int]:
@@ -245,6 +262,9 @@ class _Clock:
     def _kill(self) -> None:
         assert self.moment is not None
         victim, self.moment = self.moment.victim, None
+        if victim in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[victim])
+            return
         if victim != "orchestrator":
             for pid in _Fork.pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -254,7 +274,12 @@ class _Clock:
 
     def _kill_from_worker(self) -> None:
         assert self.moment is not None
-        if self.moment.victim != "worker":
+        victim = self.moment.victim
+        if victim in SIGNALS:
+            self.moment = None
+            os.kill(os.getppid(), SIGNALS[victim])
+            return
+        if victim != "worker":
             os.kill(os.getppid(), signal.SIGKILL)
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
@@ -287,6 +312,28 @@ class _Fork:
         return code
 
 
+def worker_groups(run: Path) -> Path:
+    """The file beside a run with the process group of every worker that was ever forked for it."""
+    return run.with_suffix(".groups")
+
+
+def living_groups(run: Path) -> list[int]:
+    """The process groups of workers that are still there."""
+    file = worker_groups(run)
+    groups = [int(line) for line in file.read_text().split()] if file.is_file() else []
+    return [group for group in groups if _is_there(group)]
+
+
+def _is_there(group: int) -> bool:
+    """Whether a process of the group lives; zombies, which somebody has yet to wait for, do not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
+
+
 def fork_workers() -> None:
     """Make workers start as forks of this process: all else about them is as it is shipped."""
     from online_dpo.workers import RUN_ENV, SOCKET_ENV, TOKEN_ENV, ChildWorker
@@ -295,6 +342,8 @@ def fork_workers() -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         pid = os.fork()
         if pid:
+            with worker_groups(self._run).open("a") as file:
+                file.write(f"{pid}\n")
             return _Fork(pid)
         try:
             sys.setprofile(None)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_server import Answer, JudgeServer, Request, Say
 from kills import (
     STAGES,
+    VICTIMS,
     Moment,
     assert_same,
     copy_until,
@@ -18,9 +31,12 @@ from kills import (
     message,
     start,
 )
+from tiny import digests
 
+from online_dpo.config_file import dump_yaml
 from online_dpo.store import RunDir
 
+Figure = Callable[[str, object], None]
 REPLAY = "replay: python -m pytest 'tests/test_kills.py::{}'"
 
 
@@ -77,7 +93,9 @@ def test_a_kill_at_a_seeded_moment_changes_nothing(clean: Clean, tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("hundred", [0, 1])
-def test_two_hundred_kills_change_nothing(clean: Clean, tmp_path: Path, hundred: int) -> None:
+def test_two_hundred_kills_change_nothing(
+    clean: Clean, tmp_path: Path, figure: Figure, hundred: int
+) -> None:
     stages = []
     for seed in range(1000 + 102 * hundred, 1000 + 102 * (hundred + 1)):
         moment = clean.moment(seed)
@@ -87,14 +105,123 @@ def test_two_hundred_kills_change_nothing(clean: Clean, tmp_path: Path, hundred:
         resume(config, case)
         assert_same(tmp_path / str(seed) / "run", clean.run, case)
         stages.append(moment.stage)
-    print(f"\n{len(stages)} kills, by stage: { {s: stages.count(s) for s in STAGES[1:]} }")
+        shutil.rmtree(tmp_path / str(seed))
+    by_stage = ", ".join(f"{stages.count(s)} in {s}" for s in STAGES[1:])
+    figure(f"kills resumed byte-equal, half {hundred + 1} of 2", f"{len(stages)}: {by_stage}")
 
 
-def draw_two(clean: Clean, seed: int) -> tuple[Moment, Moment]:
-    """Two moments in the order in which a campaign comes to them."""
-    first, second = (
-        clean.moment(2 * seed),
-        clean.moment(2 * seed + random.Random(seed).randrange(6)),
-    )
-    order = sorted((first, second), key=lambda m: (m.round, STAGES.index(m.stage)))
-    return order[0], order[1]
+def judged_config(run: Path, url: str) -> dict[str, Any]:
+    """The same campaign with a judge that is paid for, in labels and in evaluations."""
+    judge = {
+        "name": "llm_pairwise",
+        "options": {"model": "m", "base_url": url, "price_per_million": [1, 2], "max_tokens": 40},
+        "orders": "one",
+    }
+    return {**kill_config(run), "judge": judge}
+
+
+def longer_wins(request: Request, number: int) -> Answer:
+    """A verdict that depends on the request alone."""
+    digest = hashlib.sha256(json.dumps(request["messages"]).encode()).digest()
+    return Say(json.dumps({"verdict": "AB"[digest[0] % 2]}))
+
+
+def unpaid(run: Path) -> dict[str, Any]:
+    """What is committed, without the ledger's length and hash: a lost call is a row too."""
+    kept: dict[str, Any] = dict(digests(run))
+    for manifest in run.glob("rounds/*/labels/*/manifest.json"):
+        facts = json.loads(manifest.read_text())
+        facts.pop("ledger")
+        kept[manifest.relative_to(run).as_posix()] = facts
+    return kept
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_killed_twice_it_buys_nothing_twice(tmp_path: Path, figure: Figure) -> None:
+    with JudgeServer(longer_wins) as server:
+        config = judged_config(tmp_path / "clean/run", server.url)
+        counts = counted(config, tmp_path / "counts")
+        needed = len(server.requests)
+    clean = unpaid(tmp_path / "clean/run")
+    lost = 0
+    for seed in range(50):
+        moments = two_moments(counts, random.Random(seed))
+        run = tmp_path / f"{seed}/run"
+        case = f"seed {seed}, {moments}"
+        with JudgeServer(longer_wins) as server:
+            config = judged_config(run, server.url)
+            for moment in moments:
+                start(config, moment)
+            assert start(config) == 0, f"{case}\n{message(config)}"
+            bought = len(server.requests)
+        assert unpaid(run) == clean, case
+        states = paid_calls(run)
+        assert all(s.count("settled") == 1 and s[-1] == "settled" for s in states.values()), case
+        unknown = sum(s.count("unknown") for s in states.values())
+        assert needed <= bought <= needed + unknown, case
+        lost += bought - needed
+    figure("50 x two kills: calls lost in flight, and made again", lost)
+
+
+def two_moments(
+    counts: dict[tuple[str, int, str], int], rng: random.Random
+) -> tuple[Moment, Moment]:
+    """A kill and one of what resumes it: the second is no earlier in the campaign."""
+    drawn = [draw_moment(counts, rng.choice(STAGES[1:]), rng) for _ in range(2)]
+    first, second = sorted(drawn, key=lambda m: (m.round, STAGES.index(m.stage), m.count))
+    return first, second
+
+
+def paid_calls(run: Path) -> dict[str, list[str]]:
+    """The states of every call's attempts, in their order."""
+    states: dict[str, list[str]] = {}
+    with contextlib.closing(sqlite3.connect(run / "judgments.sqlite")) as db:
+        for key, state in db.execute("SELECT key, state FROM calls ORDER BY key, attempt"):
+            states.setdefault(key, []).append(state)
+    return states
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_kills_of_the_installed_command_change_nothing(tmp_path: Path, figure: Figure) -> None:
+    """Cold: the command itself, its workers as it starts them; killed at its n-th event."""
+    config = kill_config(tmp_path / "clean/run", campaign={"rounds": 1})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config))
+    command = [str(Path(sys.executable).parent / "online-dpo")]
+    subprocess.run([*command, "run", str(file)], check=True, stdout=subprocess.DEVNULL)
+    num_lines = len((tmp_path / "clean/run/events.jsonl").read_text().splitlines())
+    for seed in range(20):
+        rng = random.Random(seed)
+        run, victim, line = tmp_path / f"{seed}/run", rng.choice(VICTIMS), rng.randint(1, num_lines)
+        case = f"seed {seed}, {victim} at event {line}"
+        started = [*command, "run", str(file), "--run-dir", str(run)]
+        log = (tmp_path / "log").open("ab")
+        process = subprocess.Popen(started, stdout=log, stderr=log)
+        while process.poll() is None and lines_of(run) < line:
+            time.sleep(0.002)
+        for pid in workers_of(process.pid) if victim != "orchestrator" else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        if victim != "worker":
+            process.kill()
+        assert process.wait() in (0, 10, -9), case
+        resumed = [*command, "resume", str(run)]
+        assert subprocess.run(resumed, stdout=log, stderr=log, check=False).returncode == 0, case
+        log.close()
+        assert_same(run, tmp_path / "clean/run", case)
+    figure("kills of the installed command resumed byte-equal", 20)
+
+
+def lines_of(run: Path) -> int:
+    file = run / "events.jsonl"
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def workers_of(pid: int) -> list[int]:
+    """The children of a process."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    with contextlib.suppress(OSError):
+        return [int(child) for child in children.read_text().split()]
+    return []
