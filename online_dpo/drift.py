@@ -33,6 +33,7 @@ OPERATIONAL = (
     "sampling.devices",
     "sampling.endpoints",
     "sampling.reload_command",
+    "sampling.stall_s",
     "sampling.update",
     "train.checkpoint_every",
     "train.listen",

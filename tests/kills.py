@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, FrameType
@@ -67,6 +67,7 @@ def run_campaign(
     moment: dict[str, Any] | None,
     out: str | None,
     before: Callable[[], None] | None = None,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Run or resume, in a process of its own; die at a moment, or write the calls counted.
 
@@ -81,7 +82,7 @@ def run_campaign(
     if moment is not None or out is not None:
         clock.start()
     try:
-        run_or_resume(config)
+        run_or_resume(config, overrides)
     except (CampaignError, SignalError) as error:
         log = Path(config["campaign"]["run_dir"]).with_suffix(".txt")
         log.write_text(f"{error}\nsafe: {error.safe}\nto go on: {error.remedy}\n")
@@ -90,16 +91,16 @@ def run_campaign(
         clock.stop()
 
 
-def run_or_resume(config: dict[str, Any]) -> None:
+def run_or_resume(config: dict[str, Any], overrides: Sequence[str] = ()) -> None:
     """What a user does: start a campaign, or go on with the one that is there."""
     import online_dpo
     from online_dpo.campaign import resume
 
     run = Path(config["campaign"]["run_dir"])
     if (run / "campaign.yaml").is_file():
-        resume(run)
+        resume(run, overrides=overrides)
     else:
-        online_dpo.run(config)
+        online_dpo.run(config, overrides=overrides)
 
 
 def start(
@@ -107,10 +108,12 @@ def start(
     moment: Moment | None = None,
     out: Path | None = None,
     before: Callable[[], None] | None = None,
+    overrides: Sequence[str] = (),
 ) -> int:
     """The exit code of a run in a forked process; negative for a signal."""
     dying = None if moment is None else asdict(moment)
-    return in_child(run_campaign, config, dying, None if out is None else str(out), before)
+    counts = None if out is None else str(out)
+    return in_child(run_campaign, config, dying, counts, before, overrides)
 
 
 def counted(config: dict[str, Any], out: Path) -> dict[tuple[str, int, str], int]:
