@@ -28,7 +28,8 @@ CALLS = {
 }  # fmt: skip
 
 FILES = (
-    "campaign.py", "files.py", "locks.py", "loop.py", "metrics_log.py", "store.py", "tidying.py",
+    "campaign.py", "files.py", "integrity.py", "locks.py", "loop.py", "metrics_log.py",
+    "store.py", "tidying.py",
     "models/loading.py", "samplers/handler.py", "stages/canary.py", "stages/evaluate.py",
     "stages/label.py", "stages/origin.py", "stages/pair.py", "stages/promote.py",
     "stages/sample.py", "stages/train.py", "tables.py", "training/checkpoints.py",
@@ -38,8 +39,6 @@ FILES = (
 
 POINTS = (
     "campaign.py:_create:mkdir",
-    "campaign.py:_create:write_text",
-    "campaign.py:_create:write_text#2",
     "files.py:fsync_path:fsync",
     "files.py:remove_tree:rmtree",
     "files.py:remove_tree:unlink",
@@ -47,6 +46,8 @@ POINTS = (
     "files.py:write_atomic:fsync_path",
     "files.py:write_atomic:rename",
     "files.py:write_atomic:write",
+    "integrity.py:write_start:write_text",
+    "integrity.py:write_start:write_text#2",
     "locks.py:RunLock._acquire:truncate",
     "locks.py:RunLock._acquire:write",
     "loop.py:Loop._labeller:event",
@@ -133,6 +134,7 @@ ELSEWHERE = {
     "stages/sample.py:load_policy:event": "a canary that fails",
     "stages/train.py:checkpoint_listener.listen:event": "a trainer that reports seconds",
     "store.py:RoundDir.finish:fsync_path#2": "an artifact with folders inside",
+    "store.py:_cut_torn_line:truncate": "an event after a torn one",
     "store.py:_set_aside:remove_tree": "an artifact whose successor was not committed",
     "store.py:_set_aside:rename": "an artifact whose successor was not committed",
     "store.py:_set_aside:remove_tree#2": "an artifact whose successor was not committed",

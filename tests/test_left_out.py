@@ -18,15 +18,15 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def die_after(artifact: str) -> None:
-    """SIGKILL once round 2 has committed this."""
+def die_after(artifact: str, *, number: int = 2) -> None:
+    """SIGKILL once a round has committed this."""
     from online_dpo.store import RoundDir
 
     finish = RoundDir.finish
 
     def finish_and_die(self: RoundDir, name: str, *args: Any, **kwargs: Any) -> Any:
         info = finish(self, name, *args, **kwargs)
-        if (self.number, name) == (2, artifact):
+        if (self.number, name) == (number, artifact):
             os.kill(os.getpid(), signal.SIGKILL)
         return info
 
