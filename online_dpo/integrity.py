@@ -14,6 +14,9 @@ from online_dpo.store import RoundDir, RunDir
 WEIGHTS = ("policy", "optimizer", "base")
 """What is hashed where it is used; all else is at every start."""
 
+PLANNED = ("model", "reference", "checkpoints", "training", "policy", "canary", "evaluation")
+"""What no round has without a plan; one may be made anew for samples, labels and pairs."""
+
 CONFIG, VERSIONS = "campaign.yaml", "versions.json"
 
 
@@ -33,7 +36,7 @@ def check_run(run: RunDir) -> None:
             raise CorruptError(f"{round_dir.path / 'manifest.json'} is missing.")
         elif round_dir.planned:
             _check_begun(round_dir)
-        elif any(round_dir.path.glob("*/manifest.json")):
+        elif any(round_dir.has(name) or round_dir.children(name) for name in PLANNED):
             raise CorruptError(f"{round_dir.path / 'round.json'} is missing.")
         for info in round_dir.artifacts():
             if info.name not in WEIGHTS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,13 +32,10 @@ def describe(run: RunDir, config: Config) -> str:
     )
 
 
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a disk without space."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        error = error.__cause__
-    return False
+def is_full(error: DiskError) -> bool:
+    """Whether a disk without space is the fault; a worker's error reaches us as its message."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(os.strerror(number) in error.message for number in full)
 
 
 def still_needed(run: RunDir, config: Config) -> int:

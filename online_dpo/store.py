@@ -156,7 +156,7 @@ class RoundDir:
         folder = self.path / name
         if (folder / MANIFEST).is_file():
             return True
-        if folder.is_dir():
+        if folder.is_dir() and any(path.is_file() for path in folder.iterdir()):
             raise CorruptError(f"{folder / MANIFEST} is missing.")
         return False
 

@@ -114,6 +114,9 @@ class ChildWorker:
             for rank in self._ranks:
                 rank.send({"method": method, "params": params})
             return self._collect(on_event or _ignore)
+        except CampaignError:  # of whoever listens; a DiskError is an OSError too
+            self.close()
+            raise
         except (OSError, EOFError) as error:
             raise self._died(method) from error
         except BaseException:
