@@ -41,7 +41,10 @@ MUTATIONS = {
         "files.py", "    fsync_path(path.parent)\n", "    pass\n", OUTSIDE
     ),
     "fsync of an artifact's files": Mutation(
-        "store.py", "                fsync_path(draft.path / file)\n", "                pass\n", OUTSIDE
+        "store.py",
+        "                fsync_path(draft.path / file)\n",
+        "                pass\n",
+        OUTSIDE,
     ),
     "fsync of an artifact's parent": Mutation(
         "store.py", "                fsync_path(target.parent)\n", "                pass\n", OUTSIDE
