@@ -153,7 +153,8 @@ def test_of_twenty_starts_one_wins(clean: Clean, tmp_path: Path, figure: Figure)
     ]
     wait_until(lambda: sum(process.exitcode is not None for process in starts) == 19)
     (winner,) = [process for process in starts if process.exitcode is None]
-    assert (run / "won").read_text() == str(winner.pid)
+    wait_until((run / "won").exists)
+    wait_until(lambda: (run / "won").read_text() == str(winner.pid))
     for process, log in zip(starts, logs, strict=True):
         if process is not winner:
             assert process.exitcode == 3
