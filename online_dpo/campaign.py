@@ -34,19 +34,31 @@ from online_dpo.endings import remedy_for, resume_command, safe_on_disk
 from online_dpo.errors import (
     CampaignError,
     ConfigError,
+    DiskError,
     LockedError,
     SignalError,
 )
-from online_dpo.files import disk_faults, private_files, remove_tree
-from online_dpo.locks import RunLock
+from online_dpo.files import PARTIAL, disk_faults, private_files, remove_tree
+from online_dpo.integrity import check_run, write_start
+from online_dpo.locks import RunLock, holding
 from online_dpo.loop import Loop
 from online_dpo.models.pinning import check_pin
 from online_dpo.paid.ledger import LEDGER, check_ledger
 from online_dpo.progress import Progress, make_progress
 from online_dpo.signals import stop_on_signals
+from online_dpo.space import check_space, describe, is_full
 from online_dpo.store import RunDir
+from online_dpo.tidying import left_undone, tidy
 from online_dpo.trust import check_trust
 from online_dpo.views import Campaign
+
+_BEFORE_START = {
+    "lock",
+    "workers.lock",
+    "versions.json",
+    *(f"{name}{PARTIAL}" for name in ("versions.json", "campaign.yaml")),
+}
+"""What there may be of a campaign before its campaign.yaml; it is written anew."""
 
 
 def run(
@@ -102,7 +114,6 @@ def resume(
     trusts all, for callers that wrote the config themselves.
     """
     folder = RunDir(run_dir)
-    folder.require()
     config = current_config(folder)
     if expected is not None:
         check_same(folder, config, expected)
@@ -112,6 +123,7 @@ def resume(
         check_changes(folder, changes, accept_change)
         check_used(folder, changed, changes)
     elif is_finished(folder, config):
+        _finish_off(folder, config)
         return _view(folder)
     if trust is not None:
         check_trust(config, trust, run=folder.path)
@@ -140,6 +152,14 @@ def with_run_dir(loaded: LoadedConfig, run_dir: str | Path) -> LoadedConfig:
     return LoadedConfig(config, loaded.base, loaded.source)
 
 
+def _finish_off(folder: RunDir, config: Config) -> None:
+    """Do what a kill after the last round left undone; without that, nothing is written."""
+    check_run(folder)
+    if left_undone(folder, config):
+        with disk_faults(folder.path), holding(folder.path):
+            tidy(folder, config)
+
+
 def _view(folder: RunDir) -> Campaign:
     return Campaign(folder.path)
 
@@ -147,12 +167,12 @@ def _view(folder: RunDir) -> Campaign:
 def _create(folder: RunDir, loaded: LoadedConfig) -> None:
     with disk_faults(folder.path), private_files():
         folder.path.mkdir(parents=True, exist_ok=True)
-        if any(p.name not in ("lock", "workers.lock") for p in folder.path.iterdir()):
+        if any(p.name not in _BEFORE_START for p in folder.path.iterdir()):
             raise ConfigError(
                 f"{folder.path} is not empty and no campaign; choose another --run-dir."
             )
-        folder.write_text("versions.json", json.dumps(_versions(loaded), indent=2) + "\n")
-        folder.write_text("campaign.yaml", dump_yaml(loaded.config.model_dump(mode="json")))
+        versions = json.dumps(_versions(loaded), indent=2) + "\n"
+        write_start(folder, versions, dump_yaml(loaded.config.model_dump(mode="json")))
 
 
 def _versions(loaded: LoadedConfig) -> dict[str, Any]:
@@ -199,6 +219,8 @@ def _hold_and_run(
         with disk_faults(folder.path), stop_on_signals(), private_files():
             lock = RunLock(folder.path)
             try:
+                check_run(folder)
+                check_space(folder, config)
                 check_pin(folder)
                 _check_ledger(folder)
                 with Loop(folder, config, shown) as loop:
@@ -210,6 +232,8 @@ def _hold_and_run(
                 shown.close()
                 lock.release()
     except (CampaignError, SignalError) as error:
+        if isinstance(error, DiskError) and is_full(error):
+            error.message += f" {describe(folder, config)}"
         _add_ways_on(error, folder, config)
         raise
     except Exception as error:

@@ -218,6 +218,9 @@ class SamplingConfig(Section):
     """Prompts written, committed and labelled together: the unit of resume."""
     batch_size: Count = 256
     """Sequences that the transformers sampler generates at once; halved when memory runs out."""
+    stall_s: Positive = 1800.0
+    """Seconds without a sign of a sampler's process after which it is ended and started anew; a
+    large model takes some to load."""
     devices: Gpus | None = None
     """GPUs of the sampler; None takes what compute.layout gives."""
     engine: dict[str, Any] = {}

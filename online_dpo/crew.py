@@ -15,6 +15,7 @@ from online_dpo.config import Config
 from online_dpo.devices import visible_gpus
 from online_dpo.errors import ConfigError
 from online_dpo.models.memory_options import check_memory_options
+from online_dpo.samplers.restarting import RestartingSampler
 from online_dpo.workers import ChildWorker, InlineWorker, Worker
 
 TRAINER = "online_dpo.training.handler:Trainer"
@@ -128,8 +129,12 @@ class Crew:
 
     def _make_sampler(self) -> Worker:
         """The sampler, or one for each replica of `sampling.engine.data_parallel_size`."""
+        return self._start_sampler(1) if self.inline else RestartingSampler(self._start_sampler)
+
+    def _start_sampler(self, divisor: int) -> Worker:
+        """A sampler with batches smaller by a divisor than the config has them."""
         config = self._config
-        sampling = config.sampling.model_dump(mode="json")
+        sampling = smaller_batches(config.sampling.model_dump(mode="json"), divisor)
         replicas = int(sampling["engine"].pop("data_parallel_size", 1))
         settings = {
             **self._common_settings(),
@@ -162,6 +167,7 @@ class Crew:
             run=self._run,
             log=self._run / "logs" / f"{role}.log",
             env=self._environment(devices),
+            stall_s=self._config.sampling.stall_s,
         )
 
     def _shares(self, devices: list[str] | None, replicas: int) -> list[list[str] | None]:
@@ -196,6 +202,19 @@ class Crew:
         if self._config.compute.threads is not None:
             env["OMP_NUM_THREADS"] = str(self._config.compute.threads)
         return env
+
+
+def smaller_batches(sampling: dict[str, Any], divisor: int) -> dict[str, Any]:
+    """A sampler's settings with fewer sequences at once; 1 leaves them as they are."""
+    if divisor == 1:
+        return sampling
+    engine = sampling["engine"]
+    most = engine.get("max_num_seqs", sampling["batch_size"])
+    return {
+        **sampling,
+        "batch_size": max(1, sampling["batch_size"] // divisor),
+        "engine": {**engine, "max_num_seqs": max(1, int(most) // divisor)},
+    }
 
 
 def choose_sampler(config: Config, *, gpu: bool, vllm: bool) -> str:

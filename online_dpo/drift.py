@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from online_dpo import strict_json
 from online_dpo.clashes import CALLING
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
 from online_dpo.endings import ARTIFACTS, asked_of_people, redo_command, resume_command
 from online_dpo.errors import CorruptError, DriftError
+from online_dpo.files import read_signed_json, to_signed_json
+from online_dpo.integrity import check_start
 from online_dpo.store import RoundDir, RunDir
 
 ASKING = (*CALLING, "timeout_s")
@@ -33,6 +34,7 @@ OPERATIONAL = (
     "sampling.devices",
     "sampling.endpoints",
     "sampling.reload_command",
+    "sampling.stall_s",
     "sampling.update",
     "train.checkpoint_every",
     "train.listen",
@@ -108,6 +110,7 @@ _PLANNED_FIRST = {"reference": "reference"}
 
 def current_config(folder: RunDir) -> Config:
     """The campaign's config with its accepted changes."""
+    check_start(folder)
     folder.require()
     return _amended(folder, load_config(folder.path / "campaign.yaml", resolved=True).config)
 
@@ -223,7 +226,7 @@ def record_change(folder: RunDir, config: Config, changes: Mapping[str, tuple[An
         "changes": {key: list(values) for key, values in changes.items()},
         "config": config.model_dump(mode="json"),
     }
-    folder.write_text(f"amendment-{number:03d}.json", json.dumps(facts, indent=2) + "\n")
+    folder.write_text(f"amendment-{number:03d}.json", to_signed_json(facts))
 
 
 def _amended(folder: RunDir, config: Config) -> Config:
@@ -232,8 +235,7 @@ def _amended(folder: RunDir, config: Config) -> Config:
     if not files:
         return config
     try:
-        data = strict_json.loads(files[-1].read_text(encoding="utf-8"))
-        return Config.model_validate(data["config"])
+        return Config.model_validate(read_signed_json(files[-1])["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(f"{files[-1]} is not a valid amendment: {error}") from error
 

@@ -11,6 +11,7 @@ CampaignError (exit 1)
 ├── DiskError (8, also an OSError)
 ├── CorruptError (9)
 ├── EngineError (10)
+│   └── WorkerError
 ├── WaitingError (11)
 └── StoppedError (12)
 
@@ -93,6 +94,10 @@ class EngineError(CampaignError):
     exit_code = 10
 
 
+class WorkerError(EngineError):
+    """A worker's process exited, hung or raised what it has no word for: a fresh one may not."""
+
+
 class WaitingError(CampaignError):
     """The round waits for people."""
 
@@ -131,6 +136,7 @@ BY_NAME: dict[str, type[CampaignError]] = {
         DiskError,
         CorruptError,
         EngineError,
+        WorkerError,
         WaitingError,
         StoppedError,
     )

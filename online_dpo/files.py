@@ -20,6 +20,8 @@ from online_dpo.errors import CampaignError, ConfigError, CorruptError, DiskErro
 PARTIAL = ".partial"
 """The suffix of what is not complete; a path without it is."""
 
+OWN_SHA256 = "own_sha256"
+
 _DISK_FAULTS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -113,6 +115,21 @@ def refuse_links(folder: Path) -> None:
                         f"{path} is a link or a device; a run directory holds files and folders "
                         "alone. Put in its place what it points to."
                     )
+
+
+def to_signed_json(data: Mapping[str, Any]) -> str:
+    """The same with a last entry, `own_sha256`: the sha256 of the text without it."""
+    return to_json({**data, OWN_SHA256: sha256_text(to_json(data))})
+
+
+def read_signed_json(path: Path) -> dict[str, Any]:
+    """The data of a file by `to_signed_json`. Raises CorruptError where a byte is another."""
+    data = read_json(path)
+    signed = data.pop(OWN_SHA256, None) if isinstance(data, dict) else None
+    if signed is None or path.read_text(encoding="utf-8") != to_signed_json(data):
+        raise CorruptError(f"{path} is not what was committed: its own sha256 differs.")
+    found: dict[str, Any] = data
+    return found
 
 
 def remove_tree(path: Path) -> None:

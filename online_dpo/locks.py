@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +17,8 @@ from online_dpo.errors import LockedError
 
 LOCK = "lock"
 WORKERS_LOCK = "workers.lock"
+SIGNING_S = 1.0
+"""Longest wait for the name of a holder that has only just taken the lock."""
 
 
 class RunLock:
@@ -37,15 +40,24 @@ class RunLock:
             # Shared, so nobody holds it: somebody looks (`holder`), which takes it for an instant.
             fcntl.flock(self._file, fcntl.LOCK_UN)
             time.sleep(0.01)
-        _await_workers(run, workers_timeout_s)
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         self._file.truncate(0)
-        self._file.write(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
-        )
+        self._file.write(json.dumps(facts))
         self._file.flush()
+        _await_workers(run, workers_timeout_s)
 
     def release(self) -> None:
         self._file.close()
+
+
+@contextlib.contextmanager
+def holding(run: Path) -> Iterator[None]:
+    """The orchestrator's hold for as long as the block runs."""
+    lock = RunLock(run)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def holder(run: Path) -> dict[str, object] | None:
@@ -112,7 +124,17 @@ def _try_lock(file: IO[str], kind: int) -> bool:
 
 
 def _holder(run: Path) -> str:
-    data = holder(run) or {}
-    if "pid" not in data:
-        return ""
+    """Who is in the way; a holder that has only just come is waited for until it has signed."""
+    deadline = time.monotonic() + SIGNING_S
+    while not _is_alive(data := holder(run) or {}):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.01)
     return f" by process {data['pid']} on {data['host']}"
+
+
+def _is_alive(data: Mapping[str, object]) -> bool:
+    """Whether the process that signed is there, as far as this machine can tell."""
+    if "pid" not in data:
+        return False
+    return data["host"] != socket.gethostname() or Path(f"/proc/{data['pid']}").exists()

@@ -16,12 +16,11 @@ from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError, CorruptError
 from online_dpo.judging import Labeller
-from online_dpo.metrics_log import append_metrics, rebuild_metrics
+from online_dpo.metrics_log import append_metrics
 from online_dpo.paid.ledger import LEDGER
 from online_dpo.paid.prices import also_priced
 from online_dpo.progress import Progress
 from online_dpo.records import model_ref_from_dict
-from online_dpo.retention import KeptRound, deletable
 from online_dpo.schedule import PastRound, PromptPool, plan_round
 from online_dpo.stages.context import (
     Context,
@@ -41,6 +40,7 @@ from online_dpo.stages.pair import find_selector, pair
 from online_dpo.stages.promote import promote
 from online_dpo.stages.train import train
 from online_dpo.store import RoundDir, RunDir
+from online_dpo.tidying import prune, tidy
 
 
 class Loop:
@@ -84,7 +84,7 @@ class Loop:
 
     def run(self) -> None:
         self._folder.event("campaign started", pid=os.getpid(), made_with=self._crew.facts)
-        rebuild_metrics(self._folder)
+        tidy(self._folder, self._config)
         total = self._config.campaign.rounds
         if not self._folder.round(0).finished:
             self._timed(0, self._origin)
@@ -92,7 +92,7 @@ class Loop:
         for number in range(len(history), total + 1):
             self._timed(number, lambda: self._round(history))
             history.append(_past(self._folder.round(len(history))))
-            self._prune()
+            prune(self._folder, self._config)
         self._progress.round(total + 1, total)
         self._folder.event("campaign finished", rounds=total)
 
@@ -200,15 +200,6 @@ class Loop:
             raise CorruptError(
                 f"{context.round.path / 'round.json'} was made of other prompts than those on disk."
             )
-
-    def _prune(self) -> None:
-        finished = [r for r in self._folder.rounds() if r.finished]
-        kept = [KeptRound(r.number, bool(r.manifest()["promoted"])) for r in finished]
-        for number in deletable(self._config, kept):
-            for name in ("policy", "optimizer"):
-                if self._folder.round(number).has(name):
-                    self._folder.event("deleted", round=number, artifact=name, why="retention")
-                    self._folder.round(number).remove(name)
 
 
 def _past(round_dir: RoundDir) -> PastRound:

@@ -30,8 +30,17 @@ def append_metrics(folder: RunDir, round_dir: RoundDir) -> None:
 
 def rebuild_metrics(folder: RunDir) -> None:
     """Write the file anew from the finished rounds."""
-    rows = [row for r in folder.rounds() if r.finished for row in metric_rows(r)]
-    folder.write_text("metrics.jsonl", _lines(rows))
+    folder.write_text("metrics.jsonl", _of_finished(folder))
+
+
+def is_current(folder: RunDir) -> bool:
+    """Whether the file holds what the finished rounds committed, no less and no more."""
+    file = folder.path / "metrics.jsonl"
+    return file.is_file() and file.read_bytes() == _of_finished(folder).encode()
+
+
+def _of_finished(folder: RunDir) -> str:
+    return _lines([row for r in folder.rounds() if r.finished for row in metric_rows(r)])
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from online_dpo import strict_json
 from online_dpo.errors import ConfigError, CorruptError
@@ -19,12 +19,12 @@ from online_dpo.files import (
     disk_faults,
     file_hashes,
     fsync_path,
-    read_json,
+    read_signed_json,
     refuse_links,
     remove_tree,
     sha256_file,
     size_of,
-    to_json,
+    to_signed_json,
     write_atomic,
 )
 from online_dpo.records import ArtifactInfo, ModelRef, RoundPlan, plan_from_dict, to_dict
@@ -103,8 +103,8 @@ class RunDir:
         """
         line = json.dumps({"time": round(time.time(), 3), "event": kind, **facts}, default=str)
         with disk_faults(self.path), (self.path / "events.jsonl").open("ab+") as file:
-            torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write((b"\n" if torn else b"") + line.encode() + b"\n")
+            _cut_torn_line(file)
+            file.write(line.encode() + b"\n")
 
     def events(self) -> list[dict[str, Any]]:
         """All events; a torn last line, as a crash leaves it, is passed over."""
@@ -138,19 +138,27 @@ class RoundDir:
         with disk_faults(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             fsync_path(self.path.parent)
-            write_atomic(self.path / "round.json", to_json(data))
+            write_atomic(self.path / "round.json", to_signed_json(data))
 
     def plan(self) -> RoundPlan:
         """The recorded inputs."""
-        data = read_json(self.path / "round.json")
         try:
-            return plan_from_dict(data)
+            return plan_from_dict(self.plan_facts())
         except (KeyError, TypeError) as error:
             raise CorruptError(f"{self.path / 'round.json'} is not a plan: {error}") from error
 
+    def plan_facts(self) -> dict[str, Any]:
+        """The recorded inputs as they stand in the file; round 0's are no plan."""
+        return read_signed_json(self.path / "round.json")
+
     def has(self, name: str) -> bool:
-        """Whether an artifact is committed."""
-        return (self.path / name / MANIFEST).is_file()
+        """Whether an artifact is committed. Raises CorruptError where only its manifest is gone."""
+        folder = self.path / name
+        if (folder / MANIFEST).is_file():
+            return True
+        if folder.is_dir() and any(path.is_file() for path in folder.iterdir()):
+            raise CorruptError(f"{folder / MANIFEST} is missing.")
+        return False
 
     def artifact(self, name: str) -> Path:
         """A committed artifact's folder. Raises CorruptError where it is missing."""
@@ -160,8 +168,7 @@ class RoundDir:
 
     def manifest(self, name: str = ".") -> dict[str, Any]:
         """An artifact's manifest, or the round's own."""
-        data: dict[str, Any] = read_json(self.path / name / MANIFEST)
-        return data
+        return read_signed_json(self.path / name / MANIFEST)
 
     def children(self, name: str) -> list[str]:
         """The committed artifacts below a folder of this round, by name, sorted."""
@@ -205,13 +212,13 @@ class RoundDir:
                 "inputs": dict(inputs),
                 **draft.facts,
             }
-            write_atomic(draft.path / MANIFEST, to_json(manifest))
+            write_atomic(draft.path / MANIFEST, to_signed_json(manifest))
             for folder in [p for p in draft.path.rglob("*") if p.is_dir()]:
                 fsync_path(folder)
             target = self.path / name
-            remove_tree(target)
-            draft.path.rename(target)
-            fsync_path(target.parent)
+            with _set_aside(target):
+                draft.path.rename(target)
+                fsync_path(target.parent)
         self.run._verified.add(str(manifest["sha256"]))
         return _info(manifest)
 
@@ -245,7 +252,9 @@ class RoundDir:
         """Write the round's manifest, the last of its files; returns its sha256."""
         artifacts = [to_dict(info) for info in self.artifacts()]
         plan_hash = sha256_file(self.path / "round.json")
-        text = to_json({"round": self.number, "plan": plan_hash, "artifacts": artifacts, **facts})
+        text = to_signed_json(
+            {"round": self.number, "plan": plan_hash, "artifacts": artifacts, **facts}
+        )
         with disk_faults(self.path):
             write_atomic(self.path / MANIFEST, text)
         return self.manifest_sha256()
@@ -262,14 +271,37 @@ class RoundDir:
                 doomed = target.with_name(target.name + PARTIAL)
                 remove_tree(doomed)
                 target.rename(doomed)
+                fsync_path(target.parent)
                 target = doomed
             remove_tree(target)
+
+
+@contextlib.contextmanager
+def _set_aside(target: Path) -> Iterator[None]:
+    """Move what stands in an artifact's place away, and delete it once the new one is there."""
+    aside = target.with_name(f"{target.name}.old{PARTIAL}")
+    there = target.exists()
+    if there:
+        remove_tree(aside)
+        target.rename(aside)
+    yield
+    if there:
+        remove_tree(aside)
 
 
 def _info(manifest: Mapping[str, Any]) -> ArtifactInfo:
     return ArtifactInfo(
         manifest["artifact"], manifest["sha256"], manifest["rows"], manifest["bytes"]
     )
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """Take away what a crash left of a line at the end of a file of whole lines."""
+    if file.tell() == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

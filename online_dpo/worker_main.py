@@ -104,7 +104,7 @@ def _load(name: str) -> Any:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
-    error = as_disk_error(error) or error
+    error = as_disk_error(error, os.environ.get(RUN_ENV)) or error
     if isinstance(error, CampaignError):
         facts = {"message": error.message, "remedy": error.remedy, "safe": error.safe}
         return {"type": type(error).__name__, **facts}

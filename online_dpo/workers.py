@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from online_dpo.errors import BY_NAME, CampaignError, EngineError
+from online_dpo.errors import BY_NAME, CampaignError, EngineError, WorkerError
 
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
@@ -86,6 +86,7 @@ class ChildWorker:
         num_processes: int = 1,
         env: Mapping[str, str] | None = None,
         listen: str | None = None,
+        stall_s: float | None = None,
     ) -> None:
         self.role = role
         self.log = log
@@ -96,6 +97,7 @@ class ChildWorker:
         self._num_processes = num_processes
         self._env = dict(env or {})
         self._listen = listen
+        self._stall_s = stall_s
         self._process: subprocess.Popen[bytes] | None = None
         self._ranks: list[_Line] = []
         self._folder: Path | None = None
@@ -112,6 +114,9 @@ class ChildWorker:
             for rank in self._ranks:
                 rank.send({"method": method, "params": params})
             return self._collect(on_event or _ignore)
+        except CampaignError:  # of whoever listens; a DiskError is an OSError too
+            self.close()
+            raise
         except (OSError, EOFError) as error:
             raise self._died(method) from error
         except BaseException:
@@ -219,8 +224,10 @@ class ChildWorker:
             for number, rank in enumerate(self._ranks):
                 selector.register(rank.connection, selectors.EVENT_READ, (number, rank))
             results: dict[int, Event] = {}
+            heard = time.monotonic()
             while len(results) < len(self._ranks):
                 for key, _ in selector.select(timeout=1.0):
+                    heard = time.monotonic()
                     number, rank = key.data
                     for message in rank.receive_available():
                         if "error" in message:
@@ -230,6 +237,8 @@ class ChildWorker:
                         elif number == 0:
                             on_event(message["event"])
                 self._check_alive()
+                if self._stall_s is not None and time.monotonic() - heard > self._stall_s:
+                    raise self._stalled(self._stall_s)
         return results[0]
 
     def _check_alive(self) -> None:
@@ -237,13 +246,20 @@ class ChildWorker:
         if self._process.poll() is not None:
             raise EOFError
 
-    def _died(self, doing: str) -> EngineError:
+    def _stalled(self, silent_s: float) -> WorkerError:
+        self.close()
+        return WorkerError(
+            f"The {self.role} said nothing for {silent_s:g} s and was ended (sampling.stall_s). "
+            f"The end of its log, {self.log}:\n{_tail(self.log)}"
+        )
+
+    def _died(self, doing: str) -> WorkerError:
         process = self._process
         code = None if process is None else _exit_code(process)
         self.close()
         how = "did not answer" if code is None else f"ended with {_exit_name(code)}"
         tail = _tail(self.log)
-        return EngineError(
+        return WorkerError(
             f"The {self.role} {how} during {doing!r}. The end of its log, {self.log}:\n{tail}"
         )
 
@@ -312,7 +328,7 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int | None:
 def _error(data: Mapping[str, Any], role: str, log: Path) -> CampaignError:
     kind = BY_NAME.get(data["type"])
     if kind is None:
-        return EngineError(f"The {role} failed: {data['type']}: {data['message']}. Its log: {log}")
+        return WorkerError(f"The {role} failed: {data['type']}: {data['message']}. Its log: {log}")
     return kind(data["message"], remedy=data.get("remedy"), safe=data.get("safe"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,31 @@ def make_adapter(base: Path, folder: Path, *, seed: int, size: float = 0.1) -> P
     adapted.save(folder, ModelRef(str(base), str(base)), base)
     copy_tokenizer(base, folder)
     return folder
+
+
+Figure = Callable[[str, object], None]
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Figure:
+    """Puts a figure, by name, into the table at the end of the test run."""
+    return lambda name, value: record_property(f"figure: {name}", value)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of figures that tests gave, from every process that ran some."""
+    rows = [
+        (name.removeprefix("figure: "), str(value))
+        for report in terminalreporter.stats.get("passed", [])
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name.startswith("figure: ")
+    ]
+    if rows:
+        width = max(len(name) for name, _ in rows)
+        terminalreporter.section("figures")
+        for name, value in sorted(rows):
+            terminalreporter.write_line(f"{name:<{width}}  {value}")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from online_dpo.annotation.options import people_options
 from online_dpo.config import JudgeConfig
 from online_dpo.config_file import config_from_dict, dump_yaml
 from online_dpo.errors import WaitingError
+from online_dpo.integrity import write_start
 from online_dpo.judging import Labeller, Labels
 from online_dpo.records import Prompt, Response
 from online_dpo.store import RunDir
@@ -100,7 +101,7 @@ def make_people_run(folder: Path, **options: Any) -> PeopleRun:
         "campaign": {"name": "people", "seed": SEED, "run_dir": str(run.path)},
     }
     loaded = config_from_dict(config)
-    run.write_text("campaign.yaml", dump_yaml(loaded.config.model_dump(mode="json")))
+    write_start(run, "{}\n", dump_yaml(loaded.config.model_dump(mode="json")))
     return PeopleRun(run.path, asked)
 
 

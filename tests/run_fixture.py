@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from online_dpo.config_file import config_from_dict, dump_yaml
+from online_dpo.integrity import write_start
 from online_dpo.judge_health import Shown, label_figures
 from online_dpo.metrics import Drift, evaluation_figures, wilson, win
 from online_dpo.pairing import Judged, best_worst, make_pairs
@@ -19,6 +20,7 @@ from online_dpo.store import RoundDir, RunDir
 from online_dpo.tables import prompt_row, read_table, responses_by_prompt, write_table
 
 Row = dict[str, Any]
+VERSIONS = json.dumps({"python": "3.11.9", "torch": "2.13.0"})
 
 FILMS = ("Golden Orchard", "Empty Station", "Last Island", "Quiet Tower", "Paper Moon", "Red Salt")
 PRODUCTS = ("coffee grinder", "alarm clock", "garden hose", "desk lamp", "radio", "travel mug")
@@ -58,8 +60,7 @@ def make_run(
     settings = _config(run.path, rounds, pinned=pinned, policy=policy)
     settings |= config or {}
     loaded = config_from_dict(settings)
-    run.write_text("campaign.yaml", dump_yaml(loaded.config.model_dump(mode="json")))
-    run.write_text("versions.json", json.dumps({"python": "3.11.9", "torch": "2.13.0"}))
+    write_start(run, VERSIONS, dump_yaml(loaded.config.model_dump(mode="json")))
     maker = _Maker(run, judge, policy, form, odd_answer, sources)
     maker.origin(pinned=pinned)
     done = rounds if finished is None else finished

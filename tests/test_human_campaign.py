@@ -14,6 +14,7 @@ from tiny import digests, in_child, tiny_config
 from online_dpo import Campaign
 from online_dpo.annotation.commands import open_board
 from online_dpo.clashes import PEOPLE
+from online_dpo.integrity import write_start
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
 
@@ -148,8 +149,9 @@ def test_a_campaign_that_asks_nobody_says_so(tmp_path: Path) -> None:
     from people_run import make_people_run
 
     run = make_people_run(tmp_path)
-    file = run.path / "campaign.yaml"
-    file.write_text(file.read_text().replace("name: human", "name: heuristic"))
+    *lines, _ = (run.path / "campaign.yaml").read_text().splitlines(keepends=True)
+    config = "".join(lines).replace("name: human", "name: heuristic")
+    write_start(RunDir(run.path), "{}\n", config)
     with contextlib.suppress(SystemExit):
         code, said = command(run.path, "label", str(run.path))
     assert code == 2 and "asks nobody to label: its judge is 'heuristic'" in said

@@ -201,7 +201,8 @@ def test_an_unfinished_campaign_is_reported_as_far_as_it_is(tmp_path: Path, fini
 def test_a_campaign_that_has_only_just_begun(tmp_path: Path) -> None:
     made = make_run(tmp_path, rounds=1)
     (tmp_path / "fresh").mkdir()
-    (tmp_path / "fresh" / "campaign.yaml").write_bytes((made / "campaign.yaml").read_bytes())
+    for name in ("versions.json", "campaign.yaml"):
+        (tmp_path / "fresh" / name).write_bytes((made / name).read_bytes())
     assert "Nothing has been evaluated yet." in page_of(tmp_path / "fresh").text
 
 

@@ -212,7 +212,8 @@ def test_a_run_without_rounds_prints_its_header(
 ) -> None:
     run = make_run(tmp_path, rounds=1)
     (tmp_path / "fresh").mkdir()
-    (tmp_path / "fresh" / "campaign.yaml").write_bytes((run / "campaign.yaml").read_bytes())
+    for name in ("versions.json", "campaign.yaml"):
+        (tmp_path / "fresh" / name).write_bytes((run / name).read_bytes())
     assert "0 of 1 rounds done" in status(tmp_path / "fresh", capsys)
 
 

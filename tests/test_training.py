@@ -531,3 +531,35 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no GPU"):
         Trainer({**settings(), "device": "cuda"})
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_resumed_at_each_of_twenty_steps_is_byte_equal(
+    tmp_path: Path, tiny_llama: Path, accumulation: int
+) -> None:
+    write_pairs(tmp_path / "pairs.parquet", 21 * accumulation)
+    score_reference(tmp_path, tiny_llama)
+    given = settings(
+        batch_size=accumulation, micro_batch_size=1, checkpoint_every=1, micro_batch_tokens=64
+    )
+    kept: list[Path] = []
+
+    def keep(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint":
+            kept.append(tmp_path / f"kept-{event['step']:02d}")
+            shutil.copytree(event["path"], kept[-1])
+
+    Trainer(given).dpo(emit=keep, **dpo_arguments(tmp_path, tiny_llama))
+    whole = contents(tmp_path / "policy")
+    state = contents(tmp_path / "policy-optimizer")
+    assert len(kept) == 20
+    weights = [(step / "model.safetensors").read_bytes() for step in kept]
+    assert len({*weights, whole["model.safetensors"]}) == 21  # every step changes the weights
+    for number, checkpoint in enumerate(kept, start=1):
+        name = f"again-{number:02d}"
+        changes = {"resume_from": str(checkpoint)}
+        Trainer(given).dpo(emit=ignore, **dpo_arguments(tmp_path, tiny_llama, name, **changes))
+        assert contents(tmp_path / name) == whole, number
+        assert contents(tmp_path / f"{name}-optimizer") == state, number
+        for folder in (name, f"{name}-optimizer", f"{name}-checkpoints"):
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)

@@ -18,6 +18,11 @@ PRELOAD = [
     "online_dpo.judging",
     "online_dpo.paid.openai_client",
     "datasets",
+    "online_dpo.cli",
+    "online_dpo.worker_main",
+    "online_dpo.samplers.transformers",
+    "transformers.models.llama.modeling_llama",
+    "kills",
 ]
 
 WORDS = ("red", "green", "blue", "round", "square", "small")

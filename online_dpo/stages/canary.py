@@ -38,7 +38,7 @@ def canary_file(run: RunDir, policy: ModelRef) -> Path | None:
         return None
     if origin.manifest("canary")["inputs"].get("policy") != policy.sha256:
         return None
-    return origin.artifact("canary") / "canary.json"
+    return origin.verify("canary") / "canary.json"
 
 
 def _sequences(context: Context, policy: ModelRef) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def round_counts(context: Context) -> dict[str, Any]:
 
     round_dir = context.round
     name = trained_on(round_dir)
-    made = read_json(round_dir.artifact(name) / "metrics.json")
+    made = read_json(round_dir.verify(name) / "metrics.json")
     samples = sum(round_dir.manifest(n)["rows"] for n in round_dir.children("samples"))
     assert sum(made["responses"].values()) == samples, "samples do not reconcile"
     return {"samples": samples, "responses": made["responses"], name: made[name]}

@@ -189,7 +189,7 @@ def _from_sampler(context: Context) -> dict[str, Any]:
     """How many pairs have the sampler's log-probs as the reference's, and how far off they are."""
     if not context.round.has("reference"):
         return {}
-    scored = read_json(context.round.artifact("reference") / "metrics.json")
+    scored = read_json(context.round.verify("reference") / "metrics.json")
     return {key: value for key, value in scored.items() if key.startswith(FROM_SAMPLER)}
 
 

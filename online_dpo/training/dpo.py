@@ -47,6 +47,10 @@ class DpoObjective:
         self._mismatched = mismatched(pairs) if loss.needs_mismatched else None
         self.fingerprint = self._fingerprint()
 
+    def item_id(self, item: int) -> str:
+        """The id of a pair."""
+        return self.pairs[item].pair_id
+
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """The chosen and the rejected one of a pair."""
         pair = self.pairs[item]

@@ -44,6 +44,10 @@ class KtoObjective:
         self.weights = [1] * len(examples)
         self.fingerprint = self._fingerprint()
 
+    def item_id(self, item: int) -> str:
+        """The id of a row."""
+        return self.examples[item].row_id
+
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """The response alone."""
         return self._wanted[item][:1]

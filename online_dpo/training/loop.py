@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from online_dpo.errors import DivergedError
 from online_dpo.training.batching import Step, deal, plan_steps
 from online_dpo.training.checkpoints import (
     Progress,
@@ -22,6 +21,7 @@ from online_dpo.training.checkpoints import (
     save_checkpoint,
 )
 from online_dpo.training.coupling import couple
+from online_dpo.training.divergence import diverged
 from online_dpo.training.learning_rate import lr_multiplier
 from online_dpo.training.logprobs import LogProbModel
 from online_dpo.training.objective import Emit, LoopSettings, Objective
@@ -178,7 +178,7 @@ def _take_step(
     means = {**_means(sums, total, grad_norm, accelerator), "learning_rate": learning_rate}
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         optimizer.zero_grad()
-        raise _diverged(number, means)
+        raise diverged(number, means, model, pack, objective, step.items, accelerator)
     if means["grad_norm"] + CLIP_EPS > settings.max_grad_norm:
         clip_gradients(model, settings.max_grad_norm, grad_norm)
     for group in optimizer.param_groups:
@@ -204,14 +204,6 @@ def _means(
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="sum") / total
     values = torch.cat([reduced, grad_norm.detach().to(reduced)[None]]).tolist()
     return dict(zip([*sums, "grad_norm"], values, strict=True))
-
-
-def _diverged(number: int, means: Mapping[str, float]) -> DivergedError:
-    values = ", ".join(f"{name} {value:.6g}" for name, value in means.items())
-    return DivergedError(
-        f"Training diverged at step {number}: the loss or the gradient is not finite ({values}). "
-        "No weight was changed by this step. A lower learning rate or a higher beta usually helps."
-    )
 
 
 def _must_agree(objective: Objective, settings: LoopSettings) -> dict[str, Any]:

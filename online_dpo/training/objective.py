@@ -31,6 +31,9 @@ class Objective(Protocol):
     def fingerprint(self) -> str:
         """A hash of the data; a checkpoint made with other data is refused."""
 
+    def item_id(self, item: int) -> str:
+        """The name by which the data know an item."""
+
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """What is scored of an item: sequences of one prompt, for every item equally many."""
 

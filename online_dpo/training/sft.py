@@ -30,6 +30,10 @@ class SftObjective:
                 digest.update(np.array([len(ids), *ids]).tobytes())
         self.fingerprint = digest.hexdigest()
 
+    def item_id(self, item: int) -> str:
+        """The place of a demonstration among those that are trained on, from 0."""
+        return f"demonstration {item}"
+
     def sequences(self, item: int) -> Sequence[TokenPair]:
         """The one sequence of a demonstration."""
         demonstration = self.demonstrations[item]
