@@ -472,7 +472,7 @@ def test_what_lies_on_the_disk_is_the_users_alone(tmp_path: Path) -> None:
 def test_labels_go_to_another_tool_and_come_back(tmp_path: Path, kind: str) -> None:
     run = make_people_run(tmp_path, per_item=2)
     asked = pairs(5)
-    asked[0][1][0] = Response("odd", "p0", '=HYPERLINK("x"),\n"\ud800', (9,), "eos")
+    asked[0][1][0] = Response("odd", "p0", '=HYPERLINK("x"),\n"\u2028', (9,), "eos")
     run.post(asked)
     out = tmp_path / f"labels.{kind}"
     assert export_labels(run.board, out) == 10

@@ -79,8 +79,12 @@ COMPUTED = [
     "compute.device",
     "compute.threads",
     "compute.workers",
+    "judge.gold",
+    "judge.gold_pairs",
+    "judge.probes",
+    "judge.constant",
 ]
-"""How things are computed: accepted within a round too."""
+"""How things are computed, and what a judge is asked beside labels: accepted within a round too."""
 
 IDENTITY = [
     "model",

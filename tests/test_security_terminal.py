@@ -15,7 +15,7 @@ from rich.console import Console
 from run_fixture import make_run
 
 from online_dpo import cli
-from online_dpo.display.terminal import print_pair, print_status, print_summary
+from online_dpo.display.terminal import print_row, print_status, print_summary
 from online_dpo.errors import CampaignError
 from online_dpo.progress import LiveProgress, PlainProgress
 from online_dpo.tables import read_table
@@ -43,7 +43,7 @@ def test_every_view_shows_them_as_text(
         tmp_path, rounds=1, odd_answer=ALL, config={"judge": judge}, sources=(ALL[:200], "[/]")
     )
     pair = read_table(run / "rounds" / "001" / "pairs" / "pairs.parquet")[0]
-    for show in (print_status, print_summary, lambda c: print_pair(c, pair["pair_id"])):
+    for show in (print_status, print_summary, lambda c: print_row(c, pair["pair_id"])):
         show(Campaign(run))
         assert controls(capsys.readouterr().out) == set()
 
