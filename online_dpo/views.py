@@ -17,6 +17,8 @@ from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
 from online_dpo.locks import holder
 from online_dpo.models.pinning import model_folder
+from online_dpo.paid.ledger import LEDGER
+from online_dpo.paid.spending import Spending, spending_by_round
 from online_dpo.records import Prompt
 from online_dpo.store import RoundDir, RunDir, read_lines
 from online_dpo.tables import read_table
@@ -58,6 +60,8 @@ class RoundView:
     """Seconds of sampling, labelling, training and so on."""
     fixed_s: float | None
     """Wall time less the work of all stages."""
+    spent: Spending | None = None
+    """What paid calls came to; those of a gold set, asked about once, in round 0."""
 
 
 class Campaign:
@@ -97,7 +101,9 @@ class Campaign:
     def rounds(self) -> list[RoundView]:
         """Every round that has begun, round 0 first."""
         timings, config = _timings(self._run), self.config
-        return [_view(r, timings.get(r.number, {}), config) for r in self._run.rounds()]
+        spent = spending_by_round(self.path / LEDGER)
+        views = [_view(r, timings.get(r.number, {}), config) for r in self._run.rounds()]
+        return [replace(view, spent=spent.get(view.round)) for view in views]
 
     def status(self) -> dict[str, Any]:
         """All of the above as plain JSON types."""
@@ -289,7 +295,14 @@ def source_views(view: RoundView) -> dict[str, RoundView]:
     sources = (view.evaluation or {}).get("by_source", {})
     return {
         name: replace(
-            view, evaluation=figures, training=None, judge=None, alarms=[], pairs=0, unpaired=0
+            view,
+            evaluation=figures,
+            training=None,
+            judge=None,
+            alarms=[],
+            pairs=0,
+            unpaired=0,
+            spent=None,
         )
         for name, figures in sources.items()
     }
