@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from online_dpo.asking.judge_forms import Mode
-from online_dpo.asking.members import Host, Member, most_demanding
+from online_dpo.asking.members import Host, Member, all_repeat, most_demanding
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.paid.calls import Calls
@@ -115,6 +115,12 @@ class Panel:
     def members_mode(self) -> Mode:
         """How the most demanding member runs: async where one may pay for calls."""
         return most_demanding(member.mode for member in self._members.values())
+
+    @property
+    def temperature(self) -> float | None:
+        """0 where every member that may pay for calls answers at 0; None is unknown."""
+        asked = ((member.mode, member.repeats) for member in self._members.values())
+        return 0.0 if all_repeat(asked) else None
 
     @property
     def price(self) -> tuple[()] | None:

@@ -7,13 +7,13 @@ setting first. What a rule needs to know beside the config (the machine, the jud
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from online_dpo.asking.comparison_schedules import ACROSS_PROMPTS, ACTIVE
 from online_dpo.loss_rules import needs_reference
+from online_dpo.resources import is_row_file
 
 if TYPE_CHECKING:
     from online_dpo.config import Config, JudgeConfig, PromptSource
@@ -47,7 +47,6 @@ DEFAULT_PROBES = 32
 COMPARING = ("orders", "swap", "comparisons", "comparisons_per_round", "schedule", "margins")
 """Settings of judges that compare."""
 
-_FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
 
 
@@ -93,9 +92,10 @@ def of_judge(
     """
     name = config.name
     if config.votes > 1 and repeats:
+        place = "options.members[...].options" if config.options.get("members") else "options"
         yield (
             f"{section}.votes: {config.votes} would buy the same answer so often, for {name!r} "
-            f"answers at temperature 0. Set {section}.options.temperature, e.g. 0.7, or leave "
+            f"answers at temperature 0. Set {section}.{place}.temperature, e.g. 0.7, or leave "
             f"{section}.votes out"
         )
     if config.budget.max_usd is not None and not priced:
@@ -216,7 +216,7 @@ def _prompts(config: Config) -> Iterator[str]:
     for role, sources in (("train", config.prompts.train), ("eval", config.prompts.eval)):
         for index, source in enumerate(sources):
             place = f"prompts.{role}.{index}"
-            if is_given(source, "split") and Path(source.path).suffix in _FILES:
+            if is_given(source, "split") and is_row_file(source.path):
                 yield f"{place}.split is for datasets by name; {source.path} is a file without any"
             if role == "eval":
                 yield from _eval_source(source, place)

@@ -37,6 +37,11 @@ LEXICON = {
     "options": {"scorers": [{"kind": "lexicon", "positive": ["good"], "negative": ["poor"]}]},
 }
 
+MODEL = {
+    "name": "llm_pairwise",
+    "options": {"model": "m", "base_url": "http://localhost:1/v1"},
+}
+
 WAYS = (("good", "poor"), ("poor", "good"))
 
 MakeLabeller = Callable[..., Labeller]
@@ -339,6 +344,7 @@ def config(tmp_path: Path, *members: dict[str, Any], **judge: Any) -> Any:
         ([FIRST, {"name": "heuristc"}], {}, "no judge named 'heuristc'"),
         ([FIRST, SECOND], {"budget": {"max_usd": 5}}, "judge.budget"),
         ([FIRST, SECOND], {"concurrency": 5}, "judge.concurrency is for judges that call an API"),
+        ([FIRST, MODEL], {"votes": 3}, r"judge\.votes: 3 would buy the same answer so often"),
     ],
 )
 def test_validate_tries_every_member(
@@ -346,6 +352,17 @@ def test_validate_tries_every_member(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(config(tmp_path, *members, **judge))
+
+
+def test_votes_are_for_panels_that_may_say_something_else(
+    tmp_path: Path, make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    warm = {"label": "warm", **MODEL, "options": {**MODEL["options"], "temperature": 0.7}}
+    assert make(MODEL, warm, votes=2).kind == "compare"
+    assert not check_config(config(tmp_path, MODEL, warm, votes=2)).here
+    with pytest.raises(ConfigError, match=r"members\[\.\.\.\]\.options\.temperature, e\.g\. 0\.7"):
+        make(FIRST, MODEL, votes=2)
 
 
 def test_a_clash_of_a_member_is_refused_at_the_start_too(make: MakeLabeller) -> None:
