@@ -19,11 +19,11 @@ from online_dpo.asking.judge_forms import (
 )
 from online_dpo.asking.judge_worker import JudgeProcess
 from online_dpo.asking.members import all_repeat, most_demanding, paying_like
-from online_dpo.clashes import PEOPLE, num_probes, of_judge, with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError
+from online_dpo.judge_clashes import PEOPLE, num_probes, of_judge, with_judges
 from online_dpo.loss_rules import describe_loss
 from online_dpo.paid.prices import also_priced, is_priced
 from online_dpo.plugins import resolve

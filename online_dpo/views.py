@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from online_dpo.alarms import Alarm, judge_alarms
 from online_dpo.annotation.board import Board
 from online_dpo.annotation.options import people_options
-from online_dpo.clashes import PEOPLE
 from online_dpo.drift import current_config, is_finished
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.locks import holder
 from online_dpo.models.pinning import model_folder
 from online_dpo.paid.ledger import LEDGER

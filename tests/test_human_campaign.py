@@ -13,8 +13,8 @@ from tiny import digests, in_child, tiny_config
 
 from online_dpo import Campaign
 from online_dpo.annotation.commands import open_board
-from online_dpo.clashes import PEOPLE
 from online_dpo.integrity import write_start
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
 

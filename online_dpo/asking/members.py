@@ -13,9 +13,9 @@ from online_dpo.asking.deadline import Deadline
 from online_dpo.asking.judge_forms import Answer, Form, Mode, repeats_itself
 from online_dpo.asking.judge_opening import check_key, open_judge
 from online_dpo.asking.verdicts import Kind, Question
-from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.judge_clashes import of_judge
 from online_dpo.paid.calls import Calls
 from online_dpo.paid.prices import is_priced
 from online_dpo.records import Prompt, Response, Score, Verdict

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.clashes import num_probes
 from online_dpo.config import Config
+from online_dpo.judge_clashes import num_probes
 from online_dpo.progress import SilentProgress
 from online_dpo.records import Response, derive_seed, to_dict
 from online_dpo.report_card.answers import Answered, Answers, Pair
