@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -225,11 +226,12 @@ def _view(directory: RoundDir, timing: dict[str, Any], config: Config) -> RoundV
     plan = directory.plan() if directory.planned and directory.number else None
     made = _metrics(directory, "pairs") or _metrics(directory, "unpaired") or {}
     shards = directory.children("samples")
+    num_shards = math.ceil(len(plan.prompt_ids) / config.sampling.prompts_per_shard) if plan else 1
     policy = manifest.get("policy")
     judge, number = _metrics(directory, "judge_check"), directory.number
     return RoundView(
         round=directory.number,
-        stage="done" if manifest else _stage(directory),
+        stage="done" if manifest else _stage(directory, num_shards),
         prompts=len(plan.prompt_ids) if plan else 0,
         samples=sum(directory.manifest(name)["rows"] for name in shards),
         pairs=int(made.get("pairs", 0)),
@@ -265,8 +267,8 @@ def _metrics(directory: RoundDir, name: str) -> dict[str, Any] | None:
     return data
 
 
-def _stage(directory: RoundDir) -> str:
-    """The stage that an unfinished round is at."""
+def _stage(directory: RoundDir, num_shards: int) -> str:
+    """The stage that an unfinished round is at; `num_shards` are its shards of samples."""
     if directory.number == 0:
         return "evaluate" if directory.has("canary") else "origin"
     if directory.has("evaluation"):
@@ -275,8 +277,10 @@ def _stage(directory: RoundDir) -> str:
         return "evaluate"
     if directory.has("pairs") or directory.has("unpaired"):
         return "train"
-    labelled = len(directory.children("labels"))
-    return "label" if directory.children("samples") and labelled else "sample"
+    if directory.has("judge_check"):
+        return "pair"
+    sampled = len(directory.children("samples")) >= num_shards
+    return "label" if sampled or directory.children("labels") else "sample"
 
 
 def _timings(run: RunDir) -> dict[int, dict[str, Any]]:

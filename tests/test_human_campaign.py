@@ -74,6 +74,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert Campaign(run_dir).state == "waiting"
     code, said = command(run_dir, "status", str(run_dir))
     assert "waits for  people: online-dpo label" in said
+    assert "now at     round 1, label (" in said
     work(Run(run_dir), "ann", redder)  # type: ignore[arg-type]
     code, said = command(run_dir, "resume", str(run_dir))
     assert (

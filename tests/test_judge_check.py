@@ -168,6 +168,7 @@ def test_a_fault_stops_the_campaign_before_it_trains(
     assert remedy.endswith(f" --set alarms.actions.{name}=warn")
     assert f"online-dpo resume {tmp_path / 'run'}" in remedy
     view = Campaign(tmp_path / "run").rounds()[-1]
+    assert view.stage == "pair"
     # What is longer than all responses wins by its length too.
     others = [] if name != "prefers_longer" else ["constant_wins"]
     assert [alarm.name for alarm in view.alarms] == [name, *others]
