@@ -216,10 +216,9 @@ def digest_of(path: Path) -> tuple[int, str]:
 
 def ledger_facts(run: Path) -> dict[str, Any]:
     """What a manifest says of the ledger that its artifact rests on; nothing without a ledger."""
-    path = run / LEDGER
-    if not path.is_file():
+    if not (run / LEDGER).is_file():
         return {}
-    rows, digest = digest_of(path)
+    rows, digest = digest_of(run / LEDGER)
     return {"ledger": {"rows": rows, "sha256": digest}}
 
 
