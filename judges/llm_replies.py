@@ -109,6 +109,12 @@ _QUOTES = (
     re.compile(r"```.*?(?:```|\Z)", re.DOTALL),
     re.compile(r"^[ \t]*>.*$", re.MULTILINE),
     re.compile(rf"`(?!{_BARE}`)[^`\n]*`", re.IGNORECASE),
+    re.compile(rf"\u00ab(?!\s*{_BARE}\s*\u00bb)[^\u00ab\u00bb]*\u00bb", re.IGNORECASE),
+    # Single marks within words are apostrophes.
+    re.compile(
+        rf"\u2018(?!{_BARE}\u2019)(?:[^\u2018\u2019]|(?<=\w)\u2019(?=\w))*\u2019", re.IGNORECASE
+    ),
+    re.compile(rf"(?<!\w)'(?!{_BARE}')(?:[^'\n]|(?<=\w)'(?=\w))*'(?!\w)", re.IGNORECASE),
 )
 _CURLY = re.compile(rf"\u201c(?!{_BARE}\u201d)[^\u201d]*\u201d", re.IGNORECASE)
 _QUOTED_LINE = re.compile(rf'"(?!{_BARE}")[^"\n]*"', re.IGNORECASE)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from online_dpo.asking.judge_forms import Mode
-from online_dpo.asking.members import Host, Member, most_demanding
+from online_dpo.asking.members import Host, Member, all_repeat, most_demanding
+from online_dpo.asking.unusable_replies import is_unusable
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.paid.calls import Calls
@@ -117,6 +118,12 @@ class Panel:
         return most_demanding(member.mode for member in self._members.values())
 
     @property
+    def temperature(self) -> float | None:
+        """0 where every member that may pay for calls answers at 0; None is unknown."""
+        asked = ((member.mode, member.repeats) for member in self._members.values())
+        return 0.0 if all_repeat(asked) else None
+
+    @property
     def price(self) -> tuple[()] | None:
         """None where a member says that it knows no price for its calls."""
         return () if all(member.priced for member in self._members.values()) else None
@@ -142,10 +149,18 @@ class Panel:
         self._tell(prompt, failed, calls)
         raw = _record(verdicts, failed)
         if len(given) < self._quorum:
-            heard = f"{len(given)} of {len(self.seats)} members gave a verdict"
-            return Verdict(None, f"{heard}, fewer than the quorum of {self._quorum}", raw)
+            return Verdict(None, self._too_few(verdicts, len(given)), raw)
         weights = [self._weights[label] for label in given]
         return Verdict(combine_votes(list(given.values()), self._vote, weights=weights), raw=raw)
+
+    def _too_few(self, verdicts: Mapping[str, Verdict], num_given: int) -> str:
+        """Why there is no verdict: a reply that could not be used comes first, where those that
+        could not would have made the quorum.
+        """
+        unusable = [v.reason for v in verdicts.values() if is_unusable(v.reason)]
+        heard = f"{num_given} of {len(self.seats)} members gave a verdict"
+        text = f"{heard}, fewer than the quorum of {self._quorum}"
+        return f"{unusable[0]}: {text}" if num_given + len(unusable) >= self._quorum else text
 
     def _tell(self, prompt: Prompt, failed: Mapping[str, JudgeError], calls: Calls) -> None:
         """Put the first failure of each member into the run's events."""

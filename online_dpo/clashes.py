@@ -7,53 +7,20 @@ setting first. What a rule needs to know beside the config (the machine, the jud
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
-from online_dpo.asking.comparison_schedules import ACROSS_PROMPTS, ACTIVE
-from online_dpo.loss_rules import needs_reference
+from online_dpo.judge_clashes import in_judges, is_given
+from online_dpo.resources import is_row_file
 
 if TYPE_CHECKING:
-    from online_dpo.config import Config, JudgeConfig, PromptSource
+    from online_dpo.config import Config, PromptSource
 
 MAX_VLLM_TEMPERATURE = 2.0
 ENGINE_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 """What vLLM may compute in: for these the canary has a tolerance."""
 
-MAX_P_MARGIN = 0.5
-
-PEOPLE = "human"
-"""The judge that asks people."""
-CALLING = (
-    "concurrency",
-    "retries",
-    "deadline_s",
-    "requests_per_minute",
-    "tokens_per_minute",
-    "service_tier",
-    "batch",
-    "max_invalid",
-    "max_invalid_after",
-    "model_mismatch",
-    "reuse_from",
-)
-"""Settings of judges that call an API."""
-
-DEFAULT_PROBES = 32
-"""Of a judge whose answers cost neither money nor anybody's time."""
-COMPARING = ("orders", "swap", "comparisons", "comparisons_per_round", "schedule", "margins")
-"""Settings of judges that compare."""
-
-_FILES = (".jsonl", ".json", ".parquet")
 _OWN_LAUNCH = {"num_processes": "train.num_processes", "mixed_precision": "train.precision"}
-
-
-def is_given(section: BaseModel, field: str) -> bool:
-    """Whether a field says something else than its default."""
-    return bool(getattr(section, field) != type(section).model_fields[field].default)
 
 
 def in_config(config: Config) -> Iterator[str]:
@@ -62,11 +29,8 @@ def in_config(config: Config) -> Iterator[str]:
     yield from _prompts(config)
     yield from _sampling(config)
     yield from _engine(config.sampling.engine)
-    yield from _swap(config.judge, "judge")
-    yield from _schedule(config.judge)
-    yield from _implicit_rewards(config)
+    yield from in_judges(config)
     yield from _unpaired(config)
-    yield from _evaluation_judge(config)
     yield from _processes(config)
     yield from _retention(config)
 
@@ -75,127 +39,6 @@ def on_machine(config: Config, *, sampler: str, gpus: int) -> Iterator[str]:
     """What the sampler that `auto` came to, or a machine of so many GPUs, would not read."""
     yield from _for_other_samplers(config, sampler)
     yield from _too_few_gpus(config, sampler, gpus) if gpus else _for_gpus(config)
-
-
-def of_judge(
-    config: JudgeConfig,
-    *,
-    section: str,
-    compares: bool,
-    mode: str,
-    priced: bool = True,
-    repeats: bool = False,
-) -> Iterator[str]:
-    """What a judge of this kind and mode (inline, async, worker or own_model) would not read.
-
-    `priced` is False where the judge says that it knows no price for its calls, `repeats` True
-    where it answers at temperature 0.
-    """
-    name = config.name
-    if config.votes > 1 and repeats:
-        yield (
-            f"{section}.votes: {config.votes} would buy the same answer so often, for {name!r} "
-            f"answers at temperature 0. Set {section}.options.temperature, e.g. 0.7, or leave "
-            f"{section}.votes out"
-        )
-    if config.budget.max_usd is not None and not priced:
-        yield (
-            "judge.budget.max_usd cannot be kept without a price: the price file has none for the "
-            f"model of {section} at its endpoint and tier. Set {section}.options.price_per_million"
-            ": [IN, OUT] in dollars ([0, 0] where it is free), or name a price file in judge.prices"
-        )
-    for field in () if compares else COMPARING:
-        if is_given(config, field):
-            yield (
-                f"{section}.{field}: {getattr(config, field)} is for judges that compare; {name!r} "
-                f"scores each response by itself. Leave {section}.{field} out"
-            )
-    if compares and is_given(config, "scale"):
-        yield (
-            f"{section}.scale makes p of two scores; {name!r} compares and gives p itself. Leave "
-            f"{section}.scale out"
-        )
-    for field in () if mode == "async" else CALLING:
-        if is_given(config, field):
-            yield (
-                f"{section}.{field} is for judges that call an API; {name!r} makes no calls. Leave "
-                f"{section}.{field} out"
-            )
-    for field in ("orders", "votes") if mode == "people" else ():
-        if is_given(config, field):
-            yield (
-                f"{section}.{field}: each annotator is shown a pair once, in an order drawn for "
-                f"them; {section}.options.per_item is how many are asked. Leave {section}.{field} "
-                "out"
-            )
-    yield from _checks(config, section, mode)
-    if mode == "people" and is_given(config, "timeout_s"):
-        yield f"{section}.timeout_s: people take their time. Leave {section}.timeout_s out"
-    if mode in ("inline", "own_model") and is_given(config, "timeout_s"):
-        how = "is called directly" if mode == "inline" else "is asked through the sampler"
-        yield (
-            f"{section}.timeout_s: {name!r} {how}, without a deadline. Leave "
-            f"{section}.timeout_s out"
-        )
-
-
-def _checks(config: JudgeConfig, section: str, mode: str) -> Iterator[str]:
-    """What is asked of a judge beside labels, to see how good it is."""
-    if mode == "people":
-        own = "judge.options.gold and judge.options.repeats measure annotators"
-        for field in ("gold", "gold_pairs", "probes", "constant"):
-            if is_given(config, field):
-                yield f"{section}.{field}: {own}. Leave {section}.{field} out"
-    if is_given(config, "gold_pairs") and config.gold is None:
-        yield (
-            f"{section}.gold_pairs is how many of the comparisons of {section}.gold are asked "
-            "about, which is not set; give both or neither"
-        )
-    if is_given(config, "constant") and not num_probes(config, mode):
-        yield (
-            f"{section}.constant is set against the policy's responses {section}.probes times a "
-            f"round, and that is 0{'' if config.probes == 0 else ' for a judge that makes calls'}; "
-            f"set {section}.probes, or leave {section}.constant out"
-        )
-
-
-def num_probes(config: JudgeConfig, mode: str) -> int:
-    """How often a round probes a judge of this mode with a constant response."""
-    if config.probes is not None:
-        return config.probes
-    return 0 if mode in ("async", "people") else DEFAULT_PROBES
-
-
-def with_judges(
-    config: Config, pays: bool, compares: bool, *, also_priced: bool = True
-) -> Iterator[str]:
-    """What does not go with the judges: `pays`, one may make paid calls; `compares`, labels do.
-
-    `also_priced` is False where nobody knows what sampling.also costs.
-    """
-    if config.judge.budget.max_usd is not None and not also_priced:
-        yield (
-            "sampling.also.price_per_million: judge.budget.max_usd cannot be kept without it, and "
-            "the price file has none for that model there; give [IN, OUT] in dollars, [0, 0] where "
-            "it is free"
-        )
-    buys = pays or config.sampling.also is not None
-    for field in () if buys else ("budget", "prices"):
-        if is_given(config.judge, field):
-            yield (
-                f"judge.{field} is for paid calls, and neither the judge {config.judge.name!r} nor "
-                f"another part of this campaign makes any. Leave judge.{field} out"
-            )
-    if compares and config.pairs.threshold is not None:
-        yield (
-            f"pairs.threshold holds scores against {config.pairs.threshold:g}, and "
-            f"{config.judge.name!r} compares; take a judge that scores, or leave it out"
-        )
-    if compares and config.pairs.min_margin > MAX_P_MARGIN:
-        yield (
-            f"pairs.min_margin: {config.pairs.min_margin:g} can never be reached: "
-            f"{config.judge.name!r} compares, and a margin is then |p - 0.5|, at most 0.5"
-        )
 
 
 def num_sampler_gpus(config: Config, sampler: str) -> int:
@@ -216,7 +59,7 @@ def _prompts(config: Config) -> Iterator[str]:
     for role, sources in (("train", config.prompts.train), ("eval", config.prompts.eval)):
         for index, source in enumerate(sources):
             place = f"prompts.{role}.{index}"
-            if is_given(source, "split") and Path(source.path).suffix in _FILES:
+            if is_given(source, "split") and is_row_file(source.path):
                 yield f"{place}.split is for datasets by name; {source.path} is a file without any"
             if role == "eval":
                 yield from _eval_source(source, place)
@@ -251,63 +94,6 @@ def _engine(engine: dict[str, Any]) -> Iterator[str]:
         yield f"sampling.engine.dtype is one of {', '.join(ENGINE_DTYPES)}, not {engine['dtype']!r}"
 
 
-def _swap(judge: JudgeConfig, section: str) -> Iterator[str]:
-    if judge.orders == "one" and is_given(judge, "swap"):
-        yield (
-            f"{section}.swap: {judge.swap} combines two orders, and {section}.orders is one; leave "
-            "one of the two out"
-        )
-
-
-def _schedule(judge: JudgeConfig) -> Iterator[str]:
-    if judge.schedule == "knockout" and judge.comparisons != "all":
-        yield (
-            "judge.comparisons: a knockout has as many comparisons as it takes to find the best "
-            "and the worst; leave it out"
-        )
-    of_round = judge.comparisons_per_round
-    if judge.schedule in ACTIVE and judge.comparisons == "all" and of_round is None:
-        yield (
-            f"judge.schedule: {judge.schedule} chooses which comparisons a budget goes to; set "
-            "judge.comparisons, their number for each prompt"
-        )
-    if of_round is None:
-        return
-    if judge.schedule not in ACROSS_PROMPTS:
-        yield (
-            f"judge.comparisons_per_round: {of_round} is for schedules that give some prompts more "
-            f"than others ({', '.join(ACROSS_PROMPTS)}), and judge.schedule is {judge.schedule}; "
-            "set judge.comparisons, the number for each prompt, or one of these schedules"
-        )
-    if judge.comparisons != "all":
-        yield (
-            f"judge.comparisons_per_round: {of_round} stands in the place of judge.comparisons: "
-            f"{judge.comparisons}; leave one of the two out"
-        )
-
-
-def _implicit_rewards(config: Config) -> Iterator[str]:
-    if config.judge.schedule != "reward_margin":
-        if is_given(config.judge, "margins"):
-            yield (
-                f"judge.margins: {config.judge.margins} says which implicit margins judge.schedule:"
-                f" reward_margin asks about, and judge.schedule is {config.judge.schedule}; leave "
-                "one of the two out"
-            )
-        return
-    if not needs_reference(config.train.loss):
-        yield (
-            "judge.schedule: reward_margin goes by log(policy / reference), and the loss has no "
-            "reference; take another schedule"
-        )
-    if config.reference.promote == "every_round":
-        yield (
-            "judge.schedule: reward_margin goes by log(policy / reference), which is 0 where the "
-            "policy that samples is the reference, as with reference.promote: every_round; set "
-            "that to never or {every: k}, or take another schedule"
-        )
-
-
 def _unpaired(config: Config) -> Iterator[str]:
     if config.pairs.threshold is None:
         return
@@ -319,31 +105,6 @@ def _unpaired(config: Config) -> Iterator[str]:
             )
     if is_given(config.judge, "scale"):
         yield "judge.scale makes p of two scores, and pairs.threshold needs none; leave it out"
-
-
-def _evaluation_judge(config: Config) -> Iterator[str]:
-    if config.eval_judge.name == PEOPLE:
-        yield (
-            f"evaluation.judge: people (judge.name: {PEOPLE}) label what is trained on, and "
-            "answers to held-out prompts are not kept for them; name another judge there"
-        )
-    judge = config.evaluation.judge
-    if judge is None:
-        return
-    yield from _swap(judge, "evaluation.judge")
-    reasons = {
-        **dict.fromkeys(
-            ("comparisons", "comparisons_per_round", "schedule", "margins"),
-            "an evaluation compares each answer with policy 0's and the previous one's",
-        ),
-        "scale": "an evaluation counts wins, and no p is made of its scores",
-        **dict.fromkeys(
-            ("gold", "gold_pairs", "probes", "constant"), "the judge that labels is checked"
-        ),
-    }
-    for field, reason in reasons.items():
-        if is_given(judge, field):
-            yield f"evaluation.judge.{field}: {reason}; leave it out"
 
 
 def _processes(config: Config) -> Iterator[str]:

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from online_dpo.clashes import PEOPLE
 from online_dpo.config import Config
 from online_dpo.config_errors import KeyPath, Lines, explain
 from online_dpo.errors import ConfigError
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.resources import find_data, shipped
 
 Edit = Callable[[dict[str, Any]], dict[str, Any]]

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from online_dpo.clashes import CALLING
 from online_dpo.config import Config
 from online_dpo.config_file import differences, load_config
 from online_dpo.endings import ARTIFACTS, asked_of_people, redo_command, resume_command
 from online_dpo.errors import CorruptError, DriftError
 from online_dpo.files import read_signed_json, to_signed_json
 from online_dpo.integrity import check_start
+from online_dpo.judge_clashes import CALLING
 from online_dpo.store import RoundDir, RunDir
 
 ASKING = (*CALLING, "timeout_s")

@@ -33,10 +33,10 @@ from online_dpo.asking.verdicts import (
     compare_questions,
 )
 from online_dpo.asking.verdicts import Labels as Labels
-from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
 from online_dpo.files import disk_faults
+from online_dpo.judge_clashes import of_judge
 from online_dpo.paid.calls import Calls as Calls
 from online_dpo.paid.chat import ChatReply as ChatReply
 from online_dpo.paid.chat import ChatRequest as ChatRequest

@@ -10,11 +10,11 @@ from itertools import takewhile
 from typing import Any
 
 from online_dpo.asking.own_model import who_judges_whom
-from online_dpo.clashes import with_judges
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError, CorruptError
+from online_dpo.judge_clashes import with_judges
 from online_dpo.judging import Labeller
 from online_dpo.metrics_log import append_metrics
 from online_dpo.paid.ledger import LEDGER

@@ -18,16 +18,16 @@ from online_dpo.asking.judge_forms import (
     repeats_itself,
 )
 from online_dpo.asking.judge_worker import JudgeProcess
-from online_dpo.asking.members import most_demanding, paying_like
-from online_dpo.clashes import PEOPLE, num_probes, of_judge, with_judges
+from online_dpo.asking.members import all_repeat, most_demanding, paying_like
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.crew import Crew
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import ConfigError
+from online_dpo.judge_clashes import PEOPLE, num_probes, of_judge, with_judges
 from online_dpo.loss_rules import describe_loss
 from online_dpo.paid.prices import also_priced, is_priced
 from online_dpo.plugins import resolve
-from online_dpo.resources import find_data
+from online_dpo.resources import find_rows
 from online_dpo.stages.judge_questions import chosen_gold
 from online_dpo.stages.pair import find_selector
 
@@ -58,8 +58,7 @@ def check_config(config: Config) -> Plan:
     the first fault that the config has wherever it runs.
     """
     for path in _tables(config):
-        if path.endswith((".jsonl", ".parquet", ".json")):
-            find_data(path)
+        find_rows(path)
     find_selector(config.pairs.selector)
     chosen_gold(config)
     env = hiding_gpus(config.compute.device)
@@ -69,7 +68,7 @@ def check_config(config: Config) -> Plan:
     pays = any(judge.mode == "async" for judge in judges)
     _refuse(with_judges(config, pays, judges[0].compares, also_priced=also_priced(config)))
     runs_on, here = _machine(config)
-    return Plan(_describe(config, judges[0], runs_on), here)
+    return Plan(_describe(config, judges[0], judges[-1], runs_on), here)
 
 
 def _refuse(problems: Iterator[str]) -> None:
@@ -87,7 +86,7 @@ def _machine(config: Config) -> tuple[str, str]:
     return f"{'GPU' if crew.gpu else 'CPU'}, sampler {crew.sampler_kind}, {processes}", ""
 
 
-def _describe(config: Config, judge: _Judge, runs_on: str) -> str:
+def _describe(config: Config, judge: _Judge, evaluator: _Judge, runs_on: str) -> str:
     """Rounds, samples, labels and where they run, in a few lines."""
     campaign, sampling = config.campaign, config.sampling
     samples = campaign.prompts_per_round * sampling.n
@@ -105,7 +104,7 @@ def _describe(config: Config, judge: _Judge, runs_on: str) -> str:
             f"learning rate {config.train.learning_rate}, {config.train.batch_size} pairs a step"
             f"{_adapter(config)}",
             f"evaluation    {'every round' if every == 1 else f'every {every} rounds'}, by "
-            f"{config.eval_judge.name}",
+            f"{config.eval_judge.name}; at most {_num_wins(config, evaluator.compares)}",
             f"runs on       {runs_on}",
             f"run directory {campaign.run_dir}",
         )
@@ -135,6 +134,16 @@ def _num_checks(config: Config, judge: _Judge) -> int:
     if judge.compares:
         return (gold + probes) * (2 if settings.orders == "both" else 1) * settings.votes
     return (2 * gold + min(probes, config.campaign.prompts_per_round)) * settings.votes
+
+
+def _num_wins(config: Config, compares: bool) -> str:
+    """How often an evaluation asks its judge: each answer alone, or against two earlier ones."""
+    judge, limit = config.eval_judge, config.evaluation.max_prompts
+    each = judge.votes * (2 * (2 if judge.orders == "both" else 1) if compares else 1)
+    what = "comparisons" if compares else "scores"
+    if limit is not None:
+        return f"{each * limit} {what}"
+    return f"{each} {what if each > 1 else what[:-1]} for each held-out prompt"
 
 
 def _adapter(config: Config) -> str:
@@ -186,8 +195,12 @@ def _with_members(
         _checked_judge(paying_like(member, config), f"{section}.options.members[{index}]", env)
         for index, member in enumerate(panel.members)
     ]
-    mode = most_demanding(member.mode for member in asked)
-    return replace(panel, mode=mode, priced=all(member.priced for member in asked))
+    return replace(
+        panel,
+        mode=most_demanding(member.mode for member in asked),
+        priced=all(member.priced for member in asked),
+        repeats=all_repeat((member.mode, member.repeats) for member in asked),
+    )
 
 
 def _built_in(judge: JudgeConfig) -> _Judge:

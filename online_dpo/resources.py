@@ -8,6 +8,12 @@ from online_dpo.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = ("prompts", "configs")
+_ROW_FILES = (".jsonl", ".json", ".parquet")
+
+
+def is_row_file(name: str) -> bool:
+    """Whether rows of this name come from a file, rather than from a dataset."""
+    return Path(name).suffix in _ROW_FILES
 
 
 def shipped(name: str) -> Path | None:
@@ -40,3 +46,8 @@ def find_data(name: str, *, base: Path | None = None) -> Path:
         return found
     tried = ", ".join(dict.fromkeys(str(c.absolute()) for c in candidates))
     raise ConfigError(f"The file {name!r} does not exist (looked for {tried} and shipped files).")
+
+
+def find_rows(name: str) -> str:
+    """The place of a file of rows, and a dataset's name as it is. Raises ConfigError."""
+    return str(find_data(name)) if is_row_file(name) else name

@@ -10,6 +10,7 @@ from typing import Any
 
 from online_dpo import strict_json
 from online_dpo.errors import ConfigError
+from online_dpo.resources import is_row_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ def read_rows(path: str, *, split: str = "train") -> Iterator[Row]:
     Raises ConfigError where there is no such file or dataset, or it cannot be read.
     """
     suffix = Path(path).suffix
-    if suffix in (".jsonl", ".json", ".parquet") and not Path(path).is_file():
+    if is_row_file(path) and not Path(path).is_file():
         raise ConfigError(f"The file {path} does not exist.")
     if suffix in (".jsonl", ".json"):
         yield from _read_jsonl(Path(path))

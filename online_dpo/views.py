@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from online_dpo.alarms import Alarm, judge_alarms
 from online_dpo.annotation.board import Board
 from online_dpo.annotation.options import people_options
-from online_dpo.clashes import PEOPLE
 from online_dpo.drift import current_config, is_finished
 from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.locks import holder
 from online_dpo.models.pinning import model_folder
+from online_dpo.paid.ledger import LEDGER
+from online_dpo.paid.spending import Spending, spending_by_round
 from online_dpo.records import Prompt
 from online_dpo.store import RoundDir, RunDir, read_lines
 from online_dpo.tables import read_table
@@ -58,6 +61,8 @@ class RoundView:
     """Seconds of sampling, labelling, training and so on."""
     fixed_s: float | None
     """Wall time less the work of all stages."""
+    spent: Spending | None = None
+    """What paid calls came to; those of a gold set, asked about once, in round 0."""
 
 
 class Campaign:
@@ -97,7 +102,9 @@ class Campaign:
     def rounds(self) -> list[RoundView]:
         """Every round that has begun, round 0 first."""
         timings, config = _timings(self._run), self.config
-        return [_view(r, timings.get(r.number, {}), config) for r in self._run.rounds()]
+        spent = spending_by_round(self.path / LEDGER)
+        views = [_view(r, timings.get(r.number, {}), config) for r in self._run.rounds()]
+        return [replace(view, spent=spent.get(view.round)) for view in views]
 
     def status(self) -> dict[str, Any]:
         """All of the above as plain JSON types."""
@@ -219,11 +226,12 @@ def _view(directory: RoundDir, timing: dict[str, Any], config: Config) -> RoundV
     plan = directory.plan() if directory.planned and directory.number else None
     made = _metrics(directory, "pairs") or _metrics(directory, "unpaired") or {}
     shards = directory.children("samples")
+    num_shards = math.ceil(len(plan.prompt_ids) / config.sampling.prompts_per_shard) if plan else 1
     policy = manifest.get("policy")
     judge, number = _metrics(directory, "judge_check"), directory.number
     return RoundView(
         round=directory.number,
-        stage="done" if manifest else _stage(directory),
+        stage="done" if manifest else _stage(directory, num_shards),
         prompts=len(plan.prompt_ids) if plan else 0,
         samples=sum(directory.manifest(name)["rows"] for name in shards),
         pairs=int(made.get("pairs", 0)),
@@ -259,8 +267,8 @@ def _metrics(directory: RoundDir, name: str) -> dict[str, Any] | None:
     return data
 
 
-def _stage(directory: RoundDir) -> str:
-    """The stage that an unfinished round is at."""
+def _stage(directory: RoundDir, num_shards: int) -> str:
+    """The stage that an unfinished round is at; `num_shards` are its shards of samples."""
     if directory.number == 0:
         return "evaluate" if directory.has("canary") else "origin"
     if directory.has("evaluation"):
@@ -269,8 +277,10 @@ def _stage(directory: RoundDir) -> str:
         return "evaluate"
     if directory.has("pairs") or directory.has("unpaired"):
         return "train"
-    labelled = len(directory.children("labels"))
-    return "label" if directory.children("samples") and labelled else "sample"
+    if directory.has("judge_check"):
+        return "pair"
+    sampled = len(directory.children("samples")) >= num_shards
+    return "label" if sampled or directory.children("labels") else "sample"
 
 
 def _timings(run: RunDir) -> dict[int, dict[str, Any]]:
@@ -289,7 +299,14 @@ def source_views(view: RoundView) -> dict[str, RoundView]:
     sources = (view.evaluation or {}).get("by_source", {})
     return {
         name: replace(
-            view, evaluation=figures, training=None, judge=None, alarms=[], pairs=0, unpaired=0
+            view,
+            evaluation=figures,
+            training=None,
+            judge=None,
+            alarms=[],
+            pairs=0,
+            unpaired=0,
+            spent=None,
         )
         for name, figures in sources.items()
     }

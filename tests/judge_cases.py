@@ -201,6 +201,13 @@ class Abstains:
         return Verdict(None, "it depends", raw="who knows")
 
 
+class Unreadable:
+    inline = True
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> Verdict:
+        return Verdict(None, "no verdict in the reply", raw="Both are nice.")
+
+
 class Noisy:
     """A number for each order of two texts, as good as drawn, in [0, 1]."""
 

@@ -84,7 +84,7 @@ def _config(run: Path, rounds: int, *, pinned: bool, policy: Path | None) -> dic
         },
         "judge": {"name": "heuristic", "options": {"kind": "length"}},
         "campaign": {"name": "demo", "rounds": rounds, "prompts_per_round": 8, "run_dir": str(run)},
-        "sampling": {"n": NUM_SAMPLES},
+        "sampling": {"n": NUM_SAMPLES, "prompts_per_shard": 4},
         "evaluation": {"examples": 3},
     }
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from tiny import in_child, tiny_config
 
-from online_dpo.clashes import in_config, of_judge, on_machine, with_judges
+from online_dpo.clashes import in_config, on_machine
 from online_dpo.config import BudgetConfig, Config, JudgeConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import ConfigError
+from online_dpo.judge_clashes import of_judge, with_judges
 from online_dpo.judging import Labeller
 
 BASE: dict[str, Any] = {

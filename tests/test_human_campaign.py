@@ -13,8 +13,8 @@ from tiny import digests, in_child, tiny_config
 
 from online_dpo import Campaign
 from online_dpo.annotation.commands import open_board
-from online_dpo.clashes import PEOPLE
 from online_dpo.integrity import write_start
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.store import RunDir
 from online_dpo.tables import read_table
 
@@ -74,6 +74,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert Campaign(run_dir).state == "waiting"
     code, said = command(run_dir, "status", str(run_dir))
     assert "waits for  people: online-dpo label" in said
+    assert "now at     round 1, label (" in said
     work(Run(run_dir), "ann", redder)  # type: ignore[arg-type]
     code, said = command(run_dir, "resume", str(run_dir))
     assert (

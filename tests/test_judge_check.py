@@ -19,6 +19,7 @@ from unsound_judges import CONSTANT, quality
 from online_dpo.alarms import judge_alarms, latest
 from online_dpo.config import AlarmsConfig
 from online_dpo.config_file import config_from_dict
+from online_dpo.display.judge_table import spending_table
 from online_dpo.files import read_json
 from online_dpo.judge_figures import Judged, figures
 from online_dpo.judge_health import Shown, label_figures
@@ -167,6 +168,7 @@ def test_a_fault_stops_the_campaign_before_it_trains(
     assert remedy.endswith(f" --set alarms.actions.{name}=warn")
     assert f"online-dpo resume {tmp_path / 'run'}" in remedy
     view = Campaign(tmp_path / "run").rounds()[-1]
+    assert view.stage == "pair"
     # What is longer than all responses wins by its length too.
     others = [] if name != "prefers_longer" else ["constant_wins"]
     assert [alarm.name for alarm in view.alarms] == [name, *others]
@@ -220,7 +222,20 @@ def test_gold_is_bought_once(policy: Path, tmp_path: Path) -> None:
         counts = db.execute("SELECT purpose, count(*) FROM judgments GROUP BY purpose").fetchall()
     bought = {"gold": 4, "constant-001": 2, "constant-002": 2}
     assert bought.items() <= dict(counts).items()
-    checks = [view.judge for view in Campaign(tmp_path / "run").rounds()[1:]]
+    views = Campaign(tmp_path / "run").rounds()
+    spent = [view.spent for view in views]
+    # At 100 tokens in for $1 a million and 10 out for $2: 8 pairs labelled, 2 probes a round.
+    assert [s and (s.calls, s.tokens, s.usd) for s in spent] == [
+        (4, 440, pytest.approx(4 * 120e-6)),
+        *[(10, 1100, pytest.approx(10 * 120e-6))] * 2,
+    ]
+    assert all(s and s.mean_s and s.mean_s > 0 for s in spent)
+    titles, rows = spending_table(views) or ([], [])
+    assert titles == ["round", "calls", "tokens", "cost", "a call"]
+    assert [row[:4] for row in rows][-1] == ["all", "24", "2,640", "$0.0029"]
+    page = render(Campaign(tmp_path / "run"))
+    assert '<section id="spending">' in page and "$0.0029" in page
+    checks = [view.judge for view in views[1:]]
     assert [check and check["gold"] for check in checks] == [checks[0] and checks[0]["gold"]] * 2
 
 

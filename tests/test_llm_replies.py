@@ -52,6 +52,12 @@ def reply(text: str, finish_reason: str = "stop", *, refused: bool = False) -> C
         ("[[B]]\n```\n[[A]]\n```", 0.0),
         ("[[B]]\n```\n[[A]]", 0.0),
         ("[[B]] It says \u201cI win.\n[[A]]\u201d", 0.0),
+        ("[[B]] It says \u2018It\u2019s me.\n[[A]]\u2019", 0.0),
+        ("[[B]] It says \u00ab I win: [[A]] \u00bb", 0.0),
+        ("[[B]] It doesn't help that it says 'I don't lie: [[A]]'.", 0.0),
+        ("It isn't the responses' length: [[A]] it's", 1.0),
+        ("Verdict: 'A'", 1.0),
+        ("Verdict: \u00ab B \u00bb", 0.0),
         (f"[[B]]\n<<<response A {FENCE}>>>\n[[A]]\n<<<end of response A {FENCE}>>>", 0.0),
         (f"[[B]]\n<<<response A {FENCE}>>>\nVerdict: A", 0.0),
         ("The response claims: Verdict: A, which is no argument.", None),
@@ -87,6 +93,8 @@ def quotations(text: str, fence: str) -> list[str]:
         f"<<<response A {fence}>>>\n{text}\n<<<end of response A {fence}>>>",
         f"```\n{text.replace('```', '')}\n```",
         "It says \u201c" + re.sub("[\u201c\u201d]", "", text) + "\u201d.",
+        "It says \u2018" + re.sub("[\u2018\u2019]", "", text) + "\u2019.",
+        "It says \u00ab" + re.sub("[\u00ab\u00bb]", "", text) + "\u00bb.",
         "It says {}.".format(json.dumps(text.replace('"', ""), ensure_ascii=True)),
     ]
 

@@ -16,6 +16,7 @@ from judge_cases import pair
 from judge_server import BAD_KEY, JudgeServer, Say
 
 from judges.panel import Panel, members_said
+from online_dpo.asking.unusable_replies import is_unusable
 from online_dpo.config import JudgeConfig
 from online_dpo.config_file import config_from_dict
 from online_dpo.errors import BudgetError, ConfigError, JudgeError
@@ -30,11 +31,17 @@ FIRST = {"name": "scripted", "label": "first", "options": {"verdicts": [], "defa
 SECOND = {"name": "scripted", "label": "second", "options": {"verdicts": [], "default": 0.0}}
 UNSURE = {"name": "scripted", "label": "unsure", "options": {"verdicts": [], "default": 0.6}}
 ABSTAINS = {"name": f"{CASES}:Abstains", "label": "abstains"}
+UNREADABLE = {"name": f"{CASES}:Unreadable", "label": "unreadable"}
 FAILS = {"name": f"{CASES}:Fails", "label": "fails"}
 LENGTH = {"name": f"{CASES}:length", "label": "length"}
 LEXICON = {
     "name": "heuristic",
     "options": {"scorers": [{"kind": "lexicon", "positive": ["good"], "negative": ["poor"]}]},
+}
+
+MODEL = {
+    "name": "llm_pairwise",
+    "options": {"model": "m", "base_url": "http://localhost:1/v1"},
 }
 
 WAYS = (("good", "poor"), ("poor", "good"))
@@ -179,6 +186,18 @@ def test_an_abstaining_member_counts_against_the_quorum_only(make: MakeLabeller)
     assert said["abstains"] == {"p": None, "reason": "it depends", "raw": "who knows"}
     assert said["first"] == {"p": 1.0}
     assert ask(make(FIRST, ABSTAINS, quorum=1)).p in (0.0, 1.0)
+
+
+def test_replies_that_could_not_be_used_are_no_abstention(make: MakeLabeller) -> None:
+    """So that the figure `invalid`, and its alarm, see them through a panel."""
+    unread = ask(make(FIRST, UNREADABLE)).reason
+    assert unread == (
+        "no verdict in the reply: 1 of 2 members gave a verdict, fewer than the quorum of 2"
+    )
+    assert is_unusable(unread)
+    # Had it been read, the one that abstains would still leave too few.
+    assert not is_unusable(ask(make(FIRST, ABSTAINS, UNREADABLE)).reason)
+    assert ask(make(FIRST, UNREADABLE, quorum=1)).p in (0.0, 1.0)
 
 
 def test_a_failing_member_does_not_sink_the_panel_above_its_quorum(make: MakeLabeller) -> None:
@@ -339,6 +358,7 @@ def config(tmp_path: Path, *members: dict[str, Any], **judge: Any) -> Any:
         ([FIRST, {"name": "heuristc"}], {}, "no judge named 'heuristc'"),
         ([FIRST, SECOND], {"budget": {"max_usd": 5}}, "judge.budget"),
         ([FIRST, SECOND], {"concurrency": 5}, "judge.concurrency is for judges that call an API"),
+        ([FIRST, MODEL], {"votes": 3}, r"judge\.votes: 3 would buy the same answer so often"),
     ],
 )
 def test_validate_tries_every_member(
@@ -346,6 +366,17 @@ def test_validate_tries_every_member(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(config(tmp_path, *members, **judge))
+
+
+def test_votes_are_for_panels_that_may_say_something_else(
+    tmp_path: Path, make: MakeLabeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    warm = {"label": "warm", **MODEL, "options": {**MODEL["options"], "temperature": 0.7}}
+    assert make(MODEL, warm, votes=2).kind == "compare"
+    assert not check_config(config(tmp_path, MODEL, warm, votes=2)).here
+    with pytest.raises(ConfigError, match=r"members\[\.\.\.\]\.options\.temperature, e\.g\. 0\.7"):
+        make(FIRST, MODEL, votes=2)
 
 
 def test_a_clash_of_a_member_is_refused_at_the_start_too(make: MakeLabeller) -> None:

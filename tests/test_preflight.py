@@ -63,6 +63,17 @@ def test_questions_are_counted_by_what_the_judge_does() -> None:
     assert "at most 120 comparisons a round, and 30 to check it" in probed  # 5 x 2 x 3
 
 
+def test_what_an_evaluation_asks_is_counted_too() -> None:
+    warm = {**LLM, "votes": 3, "options": {**LLM["options"], "temperature": 0.7}}
+    # Against policy 0's answer and the previous one's, in two orders, three times.
+    assert "at most 12 comparisons for each held-out" in check_config(config(warm)).text
+    few = check_config(config(warm, evaluation={"max_prompts": 5})).text
+    assert "by llm_pairwise; at most 60 comparisons\n" in few
+    other = {"judge": {"name": "final_answer"}}
+    scored = check_config(config(warm, evaluation=other)).text
+    assert "by final_answer; at most 1 score for each held-out prompt" in scored
+
+
 @pytest.mark.parametrize(
     ("judge", "sections", "said"),
     [

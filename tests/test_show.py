@@ -13,6 +13,7 @@ from test_annotation import work
 
 from online_dpo.config import JudgeConfig
 from online_dpo.display.terminal import print_row
+from online_dpo.integrity import write_start
 from online_dpo.judging import Labeller, Labels
 from online_dpo.pairing import Judged, best_worst, make_pairs
 from online_dpo.records import Prompt, Response, to_dict
@@ -141,9 +142,9 @@ def test_what_each_member_of_a_panel_said(
     )
     with contextlib.closing(labeller):
         labels = labeller.label(items, purpose="round-001")
-    (run.path / "campaign.yaml").write_text(
-        (run.path / "campaign.yaml").read_text().replace("orders: both", f"orders: {orders}")
-    )
+    *lines, _ = (run.path / "campaign.yaml").read_text().splitlines(keepends=True)
+    asked = "".join(lines).replace("orders: both", f"orders: {orders}")
+    write_start(RunDir(run.path), "{}\n", asked)
     write_rounds(run.path, "panel", items, labels)
     made = read_table(run.path / "rounds/001/pairs/pairs.parquet")
     assert made

@@ -12,10 +12,10 @@ from online_dpo.annotation.desk import Desk
 from online_dpo.annotation.figures import figures
 from online_dpo.annotation.options import people_options
 from online_dpo.annotation.server import LabelServer
-from online_dpo.clashes import PEOPLE
 from online_dpo.drift import current_config
 from online_dpo.endings import resume_command
 from online_dpo.errors import ConfigError
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.store import RunDir
 
 Say = Callable[[str], None]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from online_dpo.asking.deadline import Deadline
-from online_dpo.asking.judge_forms import Answer, Form, Mode
+from online_dpo.asking.judge_forms import Answer, Form, Mode, repeats_itself
 from online_dpo.asking.judge_opening import check_key, open_judge
 from online_dpo.asking.verdicts import Kind, Question
-from online_dpo.clashes import of_judge
 from online_dpo.config import JudgeConfig
 from online_dpo.errors import ConfigError, JudgeError
+from online_dpo.judge_clashes import of_judge
 from online_dpo.paid.calls import Calls
 from online_dpo.paid.prices import is_priced
 from online_dpo.records import Prompt, Response, Score, Verdict
@@ -90,6 +90,12 @@ class Member:
         """False where nobody knows what its calls cost."""
         form = self._judge.form
         return form is None or is_priced(form.judge, self._paying)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it says that it answers at temperature 0."""
+        form = self._judge.form
+        return form is not None and repeats_itself(form.judge)
 
     async def compare(
         self, prompt: Prompt, first: Response, second: Response, *, calls: Calls
@@ -188,6 +194,14 @@ def paying_like(member: JudgeConfig, judge: JudgeConfig) -> JudgeConfig:
     """A member's config with the prices and the service tier of the judge that asks it."""
     values = {**dict(member), "prices": judge.prices, "service_tier": judge.service_tier}
     return JudgeConfig.model_construct(_fields_set=set(member.model_fields_set), **values)
+
+
+def all_repeat(members: Iterable[tuple[Mode, bool]]) -> bool:
+    """Whether votes would buy the same answers again: of members (mode, repeats), each that may pay
+    for calls repeats itself, and one does.
+    """
+    paying = [repeats for mode, repeats in members if mode == "async"]
+    return bool(paying) and all(paying)
 
 
 def most_demanding(modes: Iterable[Mode]) -> Mode:

@@ -17,6 +17,7 @@ def is_unusable(reason: str | None) -> bool:
     """Whether this is the reason of a reply that could not be used, rather than of an abstention.
 
     A judge abstains where it gives none of its own accord: a function's None, a reason that is the
-    judge's own, a model that refuses, a panel below its quorum, a response that cannot be checked.
+    judge's own, a model that refuses, a panel whose members abstain, a response that cannot be
+    checked.
     """
     return reason is not None and reason.startswith(_ALL)

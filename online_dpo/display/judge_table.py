@@ -1,4 +1,4 @@
-"""The judge's figures of each round as cells, for the terminal and the report alike; pure."""
+"""The judge's figures and its cost by round as cells, for terminal and report alike; pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from online_dpo.alarms import latest
-from online_dpo.display.wording import number, percent
+from online_dpo.display.wording import number, percent, seconds, usd
+from online_dpo.paid.spending import Spending, total
 from online_dpo.views import RoundView
 
 _COLUMNS: dict[str, tuple[Callable[[float | None], str], tuple[str, ...]]] = {
@@ -66,6 +67,27 @@ def judge_table(rounds: Sequence[RoundView]) -> tuple[list[str], list[list[str]]
 def judge_legend(titles: Sequence[str]) -> str:
     """What the columns mean."""
     return "; ".join(f"{title}: {LEGEND[title]}" for title in titles if title in LEGEND) + "."
+
+
+SPENDING_LEGEND = (
+    "calls: those that were or may have been answered, of evaluations and sampling.also too; "
+    "a call: mean time to its reply. The gold set, asked about once, stands in round 0."
+)
+
+
+def spending_table(rounds: Sequence[RoundView]) -> tuple[list[str], list[list[str]]] | None:
+    """Titles, a row for each round that paid for calls, and their sum; None where none did."""
+    paid = [(str(view.round), view.spent) for view in rounds if view.spent is not None]
+    everything = total(spent for _, spent in paid)
+    if everything is None:
+        return None
+    rows = [[name, *_spent(spent)] for name, spent in (*paid, ("all", everything))]
+    return ["round", "calls", "tokens", "cost", "a call"], rows
+
+
+def _spent(spent: Spending) -> list[str]:
+    cost = "unknown" if spent.usd is None else usd(spent.usd)
+    return [f"{spent.calls:,}", f"{spent.tokens:,}", cost, seconds(spent.mean_s)]
 
 
 def alarms_of(rounds: Sequence[RoundView]) -> list[str]:

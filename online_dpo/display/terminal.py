@@ -18,6 +18,7 @@ from online_dpo.display.terminal_tables import (
     print_judge,
     print_rounds,
     print_sources,
+    print_spending,
     print_times,
     say,
     say_folded,
@@ -45,6 +46,7 @@ def print_status(campaign: Campaign) -> None:
     print_sources(console, rounds)
     print_fates(console, rounds)
     print_judge(console, rounds)
+    print_spending(console, rounds)
     print_times(console, rounds)
     _print_findings(console, rounds)
 

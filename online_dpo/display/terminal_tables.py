@@ -13,7 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from online_dpo.display.judge_table import judge_legend, judge_table
+from online_dpo.display.judge_table import (
+    SPENDING_LEGEND,
+    judge_legend,
+    judge_table,
+    spending_table,
+)
 from online_dpo.display.visible import visible
 from online_dpo.display.wording import (
     FATES,
@@ -132,6 +137,18 @@ def print_judge(console: Console, rounds: Sequence[RoundView]) -> None:
     _print_table(console, titles, rows[-RECENT:])
     console.print()
     say_folded(console, judge_legend(titles), "dim")
+
+
+def print_spending(console: Console, rounds: Sequence[RoundView]) -> None:
+    """What the paid calls of the latest rounds came to, and of all."""
+    table = spending_table(rounds)
+    if table is None:
+        return
+    titles, rows = table
+    say(console, "\npaid calls")
+    _print_table(console, titles, rows[-1 - RECENT :])
+    console.print()
+    say_folded(console, SPENDING_LEGEND, "dim")
 
 
 def print_times(console: Console, rounds: Sequence[RoundView]) -> None:

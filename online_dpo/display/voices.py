@@ -11,8 +11,8 @@ from online_dpo.annotation.board import Board
 from online_dpo.annotation.items import item_of
 from online_dpo.annotation.options import people_options
 from online_dpo.asking.verdicts import drawn_order
-from online_dpo.clashes import PEOPLE
 from online_dpo.drift import current_config
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.records import Prompt, Response
 from online_dpo.store import RunDir
 

@@ -78,6 +78,13 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def usd(dollars: float | None) -> str:
+    """An amount of money: $12.35, $0.00024."""
+    if dollars is None:
+        return "cost unknown"
+    return f"${dollars:.2f}" if dollars == 0 or dollars >= 1 else f"${dollars:.2g}"
+
+
 def change(first: float | None, last: float | None, digits: int = 2) -> str:
     """From one value to another."""
     if first is None or last is None:

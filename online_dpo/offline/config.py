@@ -10,7 +10,7 @@ from typing import Any
 from online_dpo.config import Config
 from online_dpo.config_file import config_from_dict, differences, load_config
 from online_dpo.errors import ConfigError
-from online_dpo.resources import find_data
+from online_dpo.resources import find_rows
 
 READ = (
     "train.",
@@ -46,7 +46,7 @@ def offline_config(
     sections, in a YAML file or as a mapping; `train` has fields of the train section. Raises
     ConfigError, for a setting that offline training does not read too.
     """
-    given = _given(_table(pairs), os.path.abspath(model) if Path(model).is_dir() else model)
+    given = _given(find_rows(pairs), os.path.abspath(model) if Path(model).is_dir() else model)
 
     def edit(data: dict[str, Any]) -> dict[str, Any]:
         return _merge(_merge(data, given), {"train": dict(train)} if train else {})
@@ -82,12 +82,6 @@ def _given(pairs: str, model: str) -> dict[str, Any]:
         "pairs": {"offline": {"path": pairs}},
         "campaign": {"name": "offline", "rounds": 1, "run_dir": "offline"},
     }
-
-
-def _table(pairs: str) -> str:
-    """A file's absolute path from the working directory; a dataset's name as it is."""
-    is_file = Path(pairs).suffix in (".jsonl", ".json", ".parquet")
-    return str(find_data(pairs)) if is_file else pairs
 
 
 def _merge(data: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:

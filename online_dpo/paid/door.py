@@ -41,7 +41,6 @@ MAX_PAUSE_S = 60.0
 BACKOFF_S = 0.5
 """The longest wait before the second attempt; it doubles with each."""
 
-
 RATE_POLL_S = 0.25
 """The longest wait before rates are looked at again: calls that end may have used less."""
 

@@ -214,6 +214,14 @@ def digest_of(path: Path) -> tuple[int, str]:
     return totals.final, totals.sha256
 
 
+def ledger_facts(run: Path) -> dict[str, Any]:
+    """What a manifest says of the ledger that its artifact rests on; nothing without a ledger."""
+    if not (run / LEDGER).is_file():
+        return {}
+    rows, digest = digest_of(run / LEDGER)
+    return {"ledger": {"rows": rows, "sha256": digest}}
+
+
 def _read(path: Path, run: Callable[[sqlite3.Connection], T]) -> T:
     """Something read from a ledger in one transaction, on a connection of its own."""
     db = sqlite3.connect(path, isolation_level=None, timeout=30.0)

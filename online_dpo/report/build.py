@@ -79,6 +79,7 @@ def _content(campaign: Campaign) -> dict[str, Any]:
         "sources": sections.source_grid(rounds),
         "charts": _drawn([*round_charts(rounds), *step_charts(_steps(campaign, rounds))]),
         "judge": sections.judge_grid(rounds),
+        "spending": sections.spending_grid(rounds),
         "judge_charts": _drawn(judge_charts(rounds)),
         "answers": sections.sample_answers(campaign, rounds),
         "pairs": sections.sample_pairs(campaign, rounds),

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from online_dpo.display.judge_table import judge_legend, judge_table
+from online_dpo.display.judge_table import (
+    SPENDING_LEGEND,
+    judge_legend,
+    judge_table,
+    spending_table,
+)
 from online_dpo.display.lookup import PairView, example_pairs, spread
 from online_dpo.display.wording import (
     FATES,
@@ -183,6 +188,12 @@ def judge_grid(rounds: Sequence[RoundView]) -> tuple[Grid, str] | None:
     """How sound the judge's verdicts are in every round, and what the columns mean."""
     table = judge_table(rounds)
     return None if table is None else (Grid(*table), judge_legend(table[0]))
+
+
+def spending_grid(rounds: Sequence[RoundView]) -> tuple[Grid, str] | None:
+    """What paid calls came to in every round, and what the columns mean."""
+    table = spending_table(rounds)
+    return None if table is None else (Grid(*table), SPENDING_LEGEND)
 
 
 def unjudged(rounds: Sequence[RoundView]) -> list[tuple[int, str, int]]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from online_dpo.clashes import PEOPLE
 from online_dpo.config import Config, JudgeConfig
 from online_dpo.devices import hiding_gpus
 from online_dpo.errors import BudgetError, CampaignError, ConfigError, LockedError, SignalError
 from online_dpo.files import disk_faults
+from online_dpo.judge_clashes import PEOPLE
 from online_dpo.judging import Labeller
 from online_dpo.locks import RunLock
 from online_dpo.paid.ledger import LEDGER

@@ -26,13 +26,11 @@ from online_dpo.report_card.bench import opened
 from online_dpo.report_card.comparisons import Labelled, Problem, read_comparisons
 from online_dpo.report_card.findings import findings
 from online_dpo.report_card.spent import bought, spent
-from online_dpo.resources import find_data
+from online_dpo.resources import find_rows
 from online_dpo.store import RunDir
 
 REPORT = "report.json"
 VERDICTS = "verdicts.jsonl"
-
-_FILES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def check_judge(
     pays for nothing twice. Raises ConfigError, JudgeError, BudgetError and SignalError; `command`
     is what goes on after an interruption, for messages.
     """
-    path = str(find_data(data)) if data.endswith(_FILES) else data
+    path = find_rows(data)
     labelled, problems = read_comparisons(path, seed=config.campaign.seed)
     labelled = labelled[: extent.limit]
     started = time.monotonic()

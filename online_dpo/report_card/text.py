@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from online_dpo.display.wording import number, percent, seconds
+from online_dpo.display.wording import number, percent, seconds, usd
 from online_dpo.report_card.attacks import WORDS
 
 _SHOWN = 12
@@ -169,10 +169,3 @@ def _rate(rate: Mapping[str, Any] | None) -> str:
 
 def _share(rate: Mapping[str, Any] | None) -> str:
     return "-" if rate is None else f"{percent(rate['value'])} of {rate['count']}"
-
-
-def usd(dollars: float | None) -> str:
-    """An amount of money: $12.35, $0.00024."""
-    if dollars is None:
-        return "cost unknown"
-    return f"${dollars:.2f}" if dollars == 0 or dollars >= 1 else f"${dollars:.2g}"

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from online_dpo.asking.verdicts import IDENTICAL
-from online_dpo.display.wording import number, seconds
+from online_dpo.display.wording import number, seconds, usd
 from online_dpo.errors import CampaignError
-from online_dpo.report_card.text import usd
 from online_dpo.report_card.trial import ORDERS, Exchange, Tried
 
 

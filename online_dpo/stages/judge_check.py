@@ -12,7 +12,7 @@ from online_dpo.asking.verdicts import drawn_order
 from online_dpo.errors import StoppedError
 from online_dpo.files import read_json, sha256_text
 from online_dpo.judge_health import Shown, gold_figures, label_figures, win_rate
-from online_dpo.paid.ledger import LEDGER, digest_of
+from online_dpo.paid.ledger import ledger_facts
 from online_dpo.records import Response
 from online_dpo.report_card.answers import Pair
 from online_dpo.report_card.comparisons import Labelled
@@ -138,8 +138,4 @@ def _commit(
         write_table(draft.path / "checks.parquet", "checks", rows)
         (draft.path / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         draft.rows = len(rows)
-        draft.facts = {"judge": labeller.identity}
-        ledger = context.run.path / LEDGER
-        if ledger.is_file():
-            num_rows, digest = digest_of(ledger)
-            draft.facts["ledger"] = {"rows": num_rows, "sha256": digest}
+        draft.facts = {"judge": labeller.identity, **ledger_facts(context.run.path)}

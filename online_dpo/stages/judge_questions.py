@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from online_dpo.clashes import num_probes
 from online_dpo.config import Config
+from online_dpo.judge_clashes import num_probes
 from online_dpo.progress import SilentProgress
 from online_dpo.records import Response, derive_seed, to_dict
 from online_dpo.report_card.answers import Answered, Answers, Pair
 from online_dpo.report_card.comparisons import Labelled, read_comparisons
-from online_dpo.resources import find_data
+from online_dpo.resources import find_rows
 from online_dpo.stages.context import Context
 
 if TYPE_CHECKING:
@@ -21,16 +21,13 @@ if TYPE_CHECKING:
 GOLD = "gold"
 CONSTANT = "constant"
 
-_FILES = (".jsonl", ".json", ".parquet")
-
 
 def chosen_gold(config: Config) -> list[Labelled]:
     """The comparisons of judge.gold that every round asks about. Raises ConfigError."""
     gold, seed = config.judge.gold, config.campaign.seed
     if gold is None:
         return []
-    path = str(find_data(gold)) if gold.endswith(_FILES) else gold
-    found, _ = read_comparisons(path, seed=seed)
+    found, _ = read_comparisons(find_rows(gold), seed=seed)
     drawn = sorted(found, key=lambda g: derive_seed(seed, GOLD, g.first.id, g.second.id))
     return drawn[: config.judge.gold_pairs]
 

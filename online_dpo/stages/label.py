@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from online_dpo.endings import redo_command
 from online_dpo.errors import DriftError, WaitingError
-from online_dpo.paid.ledger import LEDGER, digest_of
+from online_dpo.paid.ledger import ledger_facts
 from online_dpo.progress import Bar
 from online_dpo.records import Prompt, Response
 from online_dpo.stages.context import Context
@@ -133,11 +133,8 @@ def label_shard(context: Context, shard: str, bar: Bar) -> None:
         write_table(draft.path / "labels.parquet", "labels", table)
         (draft.path / "metrics.json").write_text(json.dumps(_counts(table), indent=2) + "\n")
         draft.rows = len(table)
-        draft.facts = {"judge": labeller.identity, "kind": labeller.kind}
-        ledger = context.run.path / LEDGER
-        if ledger.is_file():
-            rows_paid, digest = digest_of(ledger)
-            draft.facts["ledger"] = {"rows": rows_paid, "sha256": digest}
+        judge = {"judge": labeller.identity, "kind": labeller.kind}
+        draft.facts = {**judge, **ledger_facts(context.run.path)}
     bar.set(before + len(items))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 from online_dpo.config import PromptSource
@@ -12,7 +11,7 @@ from online_dpo.errors import ConfigError
 from online_dpo.files import read_json
 from online_dpo.models.pinning import pin_model
 from online_dpo.records import ModelRef, derive_seed
-from online_dpo.resources import find_data
+from online_dpo.resources import find_rows
 from online_dpo.stages.canary import write_canary
 from online_dpo.stages.context import Context, engine_length, read_prompts
 from online_dpo.stages.train import checkpoint_listener, commit_training, latest_checkpoint
@@ -69,7 +68,7 @@ def _commit_model(context: Context) -> None:
             context.crew.trainer().call(
                 "init_model",
                 init=config.init.model_dump(mode="json"),
-                corpus=str(_table(context.config.sft.demonstrations)),
+                corpus=find_rows(context.config.sft.demonstrations),
                 chat_template=config.chat_template,
                 seed=derive_seed(context.config.campaign.seed, "init"),
                 out=str(draft.path),
@@ -126,14 +125,8 @@ def check_pool(context: Context) -> None:
 
 
 def _source(source: PromptSource, role: str, max_new_tokens: int) -> dict[str, Any]:
-    data = {**source.model_dump(mode="json"), "path": _table(source.path)}
+    data = {**source.model_dump(mode="json"), "path": find_rows(source.path)}
     return {**data, "role": role, "max_new_tokens": max_new_tokens}
-
-
-def _table(path: str) -> str:
-    """A file's place, or a dataset's name as it is."""
-    suffixes = (".jsonl", ".parquet", ".json")
-    return str(find_data(path)) if Path(path).suffix in suffixes else path
 
 
 def _hold_out(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -169,7 +162,7 @@ def _commit_offline(context: Context) -> None:
         result = context.crew.trainer().call(
             "tokenize_offline",
             model=str(context.folder(model)),
-            source=_table(offline.path),
+            source=find_rows(offline.path),
             form="pairs" if context.config.pairs.threshold is None else "unpaired",
             split=offline.split,
             append_eos=offline.append_eos,
@@ -205,7 +198,7 @@ def _commit_sft(context: Context) -> None:
             "sft",
             on_event=checkpoint_listener(context, bar, inputs),
             model=context.model_params(model),
-            demonstrations=_table(config.sft.demonstrations),
+            demonstrations=find_rows(config.sft.demonstrations),
             sft=config.sft.model_dump(mode="json"),
             max_tokens=config.train.max_tokens,
             seed=derive_seed(config.campaign.seed, "sft"),
