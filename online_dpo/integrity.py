@@ -164,6 +164,9 @@ def _in_order(round_dir: RoundDir) -> Iterator[tuple[str, str, str | None]]:
     order += ["training", "policy", "canary", "evaluation"]
     if round_dir.number == 0 and not (round_dir.has("policy") or round_dir.has("training")):
         order = ["model", "prompts", "canary", "evaluation"]  # a given model is trained on nothing
+    for rows in ("pairs", "unpaired"):
+        if round_dir.number > 0 and round_dir.has(rows):
+            yield rows, "judge_check", None
     there = [name for name in order if round_dir.has(name)]
     for name in order[: order.index(there[-1])] if there else []:
         yield there[-1], name, None

@@ -128,8 +128,8 @@ def test_damage_is_found_before_use_and_named(interrupted: Path, damage: str) ->
 
 
 NEWEST = [
-    "samples/part-00003", "labels/part-00003", "pairs", "reference", "checkpoints/step-000002",
-    "training", "policy", "canary", "evaluation",
+    "samples/part-00003", "labels/part-00003", "judge_check", "pairs", "reference",
+    "checkpoints/step-000002", "training", "policy", "canary", "evaluation",
 ]  # fmt: skip
 
 

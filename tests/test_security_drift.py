@@ -56,6 +56,7 @@ COSMETIC = [
     "sampling.devices",
     "sampling.endpoints",
     "sampling.reload_command",
+    "sampling.stall_s",
     "sampling.update",
     "train.checkpoint_every",
     "train.listen",
@@ -84,7 +85,7 @@ COMPUTED = [
     "judge.probes",
     "judge.constant",
 ]
-"""How things are computed, and what a judge is asked beside labels: accepted within a round too."""
+"""How things are computed, and what else a judge is asked: accepted within a round too."""
 
 IDENTITY = [
     "model",

@@ -18,8 +18,10 @@ from test_report import Page
 
 from online_dpo.annotation.server import page as label_page
 from online_dpo.display.visible import visible
+from online_dpo.integrity import write_start
 from online_dpo.records import Prompt, Response
 from online_dpo.report.build import build_report
+from online_dpo.store import RunDir
 from online_dpo.tables import read_table, write_table
 from online_dpo.views import Campaign
 
@@ -50,7 +52,9 @@ def attacked_run(folder: Path, attacks: list[str]) -> Path:
         attack = attacks[-1 - i % len(attacks)]
         row |= {"chosen_text": f"C {attack}", "rejected_text": f"J {attack}"}
     write_table(pairs, "pairs", rows)
-    (run / "versions.json").write_text('{"python": "<script>hurt=1</script>"}')
+    versions = '{"python": "<script>hurt=1</script>"}'
+    config = (run / "campaign.yaml").read_text().splitlines(keepends=True)
+    write_start(RunDir(run), versions, "".join(config[:-1]))
     return run
 
 

@@ -22,7 +22,9 @@ from online_dpo.campaign import resume
 from online_dpo.config import Config
 from online_dpo.config_file import config_from_dict, dump_yaml
 from online_dpo.errors import CampaignError, ConfigError
+from online_dpo.integrity import write_start
 from online_dpo.report.build import build_report
+from online_dpo.store import RunDir
 from online_dpo.trust import check_trust, code_fields, trust_flags
 from online_dpo.views import Campaign
 
@@ -118,7 +120,7 @@ def edit_config(run: Path, **sections: Any) -> None:
     data = yaml.safe_load((run / "campaign.yaml").read_text())
     for section, values in sections.items():
         data[section] = {**data[section], **values}
-    (run / "campaign.yaml").write_text(dump_yaml(data))
+    write_start(RunDir(run), (run / "versions.json").read_text(), dump_yaml(data))
 
 
 def test_no_command_runs_what_a_snapshot_names(
