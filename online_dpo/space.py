@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -76,7 +78,21 @@ def _num_parameters(config: Config) -> int:
         return _of_init(config.model.init)
     folder = Path(config.model.path or "")
     files: Iterable[Path] = folder.glob("*.safetensors") if folder.is_dir() else ()
-    return sum(file.stat().st_size for file in files) // 4
+    return sum(_in_file(file) for file in files)
+
+
+def _in_file(path: Path) -> int:
+    """The parameters of a safetensors file, by the shapes in its header; 0 where it has none."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return 0
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return 0
+    tensors = (entry for name, entry in header.items() if name != "__metadata__")
+    return sum(math.prod(entry["shape"]) for entry in tensors)
 
 
 def _of_init(init: ModelInit) -> int:

@@ -218,7 +218,7 @@ def test_code_of_a_run_directory_needs_trust(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of 2 MiB."""
+    """A file system of 1 MiB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     place = tmp_path / "disk"
